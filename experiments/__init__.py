@@ -1,0 +1,1 @@
+"""Experiment scripts: short absl mains over library calls."""

@@ -1,0 +1,1 @@
+"""Search, rescoring and recognisers."""

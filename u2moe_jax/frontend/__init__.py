@@ -1,0 +1,1 @@
+"""From sound to features; never wakes a device."""

@@ -1,0 +1,1 @@
+"""Logical axes, meshes and placement."""

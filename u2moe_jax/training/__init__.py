@@ -1,0 +1,1 @@
+"""Objective, train step and loop."""
