@@ -1,0 +1,154 @@
+"""Multi-head self- and cross-attention; caches go in and out by hand."""
+
+from flax import linen as nn
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from u2moe_jax.array_types import Array
+from u2moe_jax.array_types import Bool
+from u2moe_jax.array_types import Float
+from u2moe_jax.array_types import Int
+from u2moe_jax.array_types import typechecked
+from u2moe_jax.layers import linear
+from u2moe_jax.layers import positional
+from u2moe_jax.ops import dot_product
+from u2moe_jax.sharding import axes
+
+_HEAD_AXES = (axes.EMBED, axes.HEADS, axes.KV)
+
+
+@struct.dataclass
+class KeyValue:
+  """Projected keys and values, oldest frame first."""
+
+  key: Float[Array, 'B P H K']
+  value: Float[Array, 'B P H K']
+
+
+def _join(
+  past: KeyValue | None, new: KeyValue, write_at: Array | None
+) -> KeyValue:
+  """Appends the new keys and values to the past, or writes them into it."""
+  if past is None:
+    return new
+
+  def join(old, fresh):
+    fresh = fresh.astype(old.dtype)
+    if write_at is None:
+      return jnp.concatenate([old, fresh], axis=1)
+    return jax.lax.dynamic_update_slice_in_dim(old, fresh, write_at, axis=1)
+
+  return KeyValue(
+    key=join(past.key, new.key), value=join(past.value, new.value)
+  )
+
+
+class MultiHeadAttention(nn.Module):
+  """Attention of T queries over P keys.
+
+  Attributes:
+    num_heads: heads H; must divide the model width.
+    dropout: on attention weights, active when a `dropout` key is given.
+    key_position: keys get a learned score of their absolute position (the
+      reference's `rel_selfattn`, which never shifts).
+    dtype: compute type.
+  """
+
+  num_heads: int
+  dropout: float = 0.0
+  key_position: bool = False
+  dtype: linear.Dtype = jnp.float32
+
+  @nn.compact
+  @typechecked
+  def __call__(
+    self,
+    x: Float[Array, 'B T D'],
+    memory: Float[Array, 'B S D'] | KeyValue,
+    mask: Bool[Array, '#B #T P'],
+    *,
+    past: KeyValue | None = None,
+    key_embedding: Float[Array, '#B P D'] | None = None,
+    rotation: positional.Rotation | None = None,
+    write_at: Int[Array, ''] | None = None,
+  ) -> tuple[Float[Array, 'B T D'], KeyValue]:
+    """Attends from `x` to `past` followed by `memory`.
+
+    Args:
+      x: queries before projection.
+      memory: frames to project to keys and values, or projected ones.
+      mask: True where a query may look at a key; P counts past and new.
+      past: cached keys and values, in front of those of `memory`.
+      key_embedding: position embedding of every key, with `key_position`.
+      rotation: rotary angles of the new frames, applied to queries and new
+        keys; cached keys were rotated when they were new.
+      write_at: overwrite `past` from this position on instead of appending.
+
+    Returns:
+      The output, and all P keys and values (without position terms).
+    """
+    width = x.shape[-1]
+    head_dim = width // self.num_heads
+    query = self._project('query', width)(x)  # [B, T, H, K]
+    if isinstance(memory, KeyValue):
+      new = memory
+    else:
+      new = KeyValue(
+        key=self._project('key', width)(memory),
+        value=self._project('value', width)(memory),
+      )
+    if rotation is not None:
+      query = positional.rotate(query, rotation)
+      new = new.replace(key=positional.rotate(new.key, rotation))
+    keys = _join(past, new, write_at)
+    key, key_score = keys.key, None
+    if self.key_position:
+      key, key_score = self._position_terms(key, key_embedding, head_dim)
+    weights = dot_product.attention_weights(
+      query, key, mask, key_score=key_score
+    )
+    weights = nn.Dropout(self.dropout)(
+      weights, deterministic=not self.has_rng('dropout')
+    )
+    output = dot_product.weighted_values(weights, keys.value)
+    output = linear.dense(
+      width,
+      fan_in=width,
+      contract=2,
+      kernel_axes=(axes.HEADS, axes.KV, axes.EMBED),
+      dtype=self.dtype,
+      name='output',
+    )(output)
+    return output, keys
+
+  def _project(self, name: str, width: int, use_bias: bool = True):
+    return linear.dense(
+      (self.num_heads, width // self.num_heads),
+      fan_in=width,
+      kernel_axes=_HEAD_AXES,
+      dtype=self.dtype,
+      use_bias=use_bias,
+      name=name,
+    )
+
+  def _position_terms(self, key, key_embedding, head_dim):
+    """Folds positions into the keys and one score per key.
+
+    (q + u) . k + (q + w) . p  =  q . (k + p)  +  (u . k + w . p), so one
+    product over queries does for both terms.
+    """
+    if key_embedding is None:
+      raise ValueError('key_position attention needs key_embedding')
+    width = self.num_heads * head_dim
+    position = self._project('position', width, use_bias=False)(key_embedding)
+    init = nn.with_logical_partitioning(
+      nn.initializers.xavier_uniform(), (axes.HEADS, axes.KV)
+    )
+    shape = (self.num_heads, head_dim)
+    content_bias = self.param('content_bias', init, shape).astype(key.dtype)
+    position_bias = self.param('position_bias', init, shape).astype(key.dtype)
+    position = jnp.broadcast_to(position, key.shape)
+    score = jnp.einsum('BPHK,HK->BPH', key, content_bias)
+    score += jnp.einsum('BPHK,HK->BPH', position, position_bias)
+    return key + position, score

@@ -1,0 +1,169 @@
+"""Conformer convolution module, causal or not; cache in, cache out."""
+
+from flax import linen as nn
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from u2moe_jax.array_types import Array
+from u2moe_jax.array_types import Bool
+from u2moe_jax.array_types import Float
+from u2moe_jax.array_types import typechecked
+from u2moe_jax.config import Activation
+from u2moe_jax.config import ConvNorm
+from u2moe_jax.layers import activations
+from u2moe_jax.layers import linear
+from u2moe_jax.ops import convolution
+from u2moe_jax.sharding import axes
+
+_EPSILON = 1e-5
+_MOMENTUM = 0.1
+
+
+@struct.dataclass
+class RunningStats:
+  """Running batch-norm statistics: a buffer, not a parameter."""
+
+  mean: Float[Array, '*L D']
+  variance: Float[Array, '*L D']
+
+
+class ConvolutionModule(nn.Module):
+  """Pointwise, GLU, depthwise, norm, activation, pointwise.
+
+  Attributes:
+    kernel_width: depthwise kernel W.
+    causal: look left only, over W - 1 frames.
+    norm: layer_norm, rms_norm or batch_norm.
+    activation: after the norm.
+    padding_leak: keep what padded frames hold before the depthwise kernel, as
+      the reference does; matters for the non-causal form only.
+    batch_norm_padding: count padded frames in training statistics.
+    dtype: compute type.
+  """
+
+  kernel_width: int
+  causal: bool = True
+  norm: ConvNorm = 'layer_norm'
+  activation: Activation = 'swish'
+  padding_leak: bool = False
+  batch_norm_padding: bool = False
+  dtype: linear.Dtype = jnp.float32
+
+  @nn.compact
+  @typechecked
+  def __call__(
+    self,
+    x: Float[Array, 'B T D'],
+    mask: Bool[Array, 'B T'],
+    *,
+    history: Float[Array, 'B P D'] | None = None,
+    running: RunningStats | None = None,
+  ) -> tuple[Float[Array, 'B T D'], Array, RunningStats | None]:
+    """Convolves over time.
+
+    Args:
+      x: frames.
+      mask: True for real frames; padded ones are zeroed before and after.
+      history: the last W - 1 inputs of this module (causal only); None means
+        zeros, the start of an utterance.
+      running: batch-norm statistics; used at evaluation, updated in training
+        (that is, when a `dropout` key is given).
+
+    Returns:
+      Outputs; the inputs with their history in front (B, P + T, D), from
+      which the next chunk takes its own; and the updated statistics, None
+      without batch norm.
+    """
+    width = x.shape[-1]
+    x = jnp.where(mask[..., None], x, 0.0)
+    padded_mask = mask
+    if self.causal:
+      shape = (x.shape[0], self.kernel_width - 1, width)
+      history = jnp.zeros(shape, x.dtype) if history is None else history
+      # In front of the first pointwise map: its bias acts on the history too.
+      x = jnp.concatenate([history.astype(x.dtype), x], axis=1)
+      padded_mask = jnp.ones(x.shape[:2], bool)
+    inputs = x
+    x = linear.dense(
+      2 * width,
+      fan_in=width,
+      kernel_axes=(axes.EMBED, axes.CONV_CHANNEL),
+      dtype=self.dtype,
+      name='pointwise_in',
+    )(x)
+    value, gate = jnp.split(x, 2, axis=-1)
+    x = value * jax.nn.sigmoid(gate)
+    if not self.causal:
+      if not self.padding_leak:
+        x = jnp.where(padded_mask[..., None], x, 0.0)
+      half = self.kernel_width // 2
+      x = jnp.pad(x, ((0, 0), (half, half), (0, 0)))
+    x = self._depthwise(x)
+    x, running = self._normalise(x, mask, running)
+    x = activations.get(self.activation)(x.astype(self.dtype))
+    x = linear.dense(
+      width,
+      fan_in=width,
+      kernel_axes=(axes.CONV_CHANNEL, axes.EMBED),
+      dtype=self.dtype,
+      name='pointwise_out',
+    )(x)
+    return jnp.where(mask[..., None], x, 0.0), inputs, running
+
+  def _depthwise(self, x):
+    width = x.shape[-1]
+    init = linear.uniform_fan_in(self.kernel_width)
+    kernel = self.param(
+      'depthwise_kernel',
+      nn.with_logical_partitioning(init, (axes.CONV, axes.CONV_CHANNEL)),
+      (self.kernel_width, width),
+    )
+    bias = self.param(
+      'depthwise_bias',
+      nn.with_logical_partitioning(init, (axes.CONV_CHANNEL,)),
+      (width,),
+    )
+    x = convolution.depthwise_conv(x, kernel.astype(x.dtype))
+    return x + bias.astype(x.dtype)[None, None]
+
+  def _normalise(self, x, mask, running):
+    if self.norm == 'layer_norm':
+      return linear.layer_norm('norm')(x), None
+    if self.norm == 'rms_norm':
+      norm = nn.RMSNorm(epsilon=_EPSILON, name='norm')
+      return norm(x), None
+    if running is None:
+      raise ValueError('batch_norm needs its running statistics (buffers)')
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean, variance = running.mean, running.variance
+    if self.has_rng('dropout'):
+      counted = jnp.ones_like(mask) if self.batch_norm_padding else mask
+      mean, variance, running = _batch_statistics(x, counted, running)
+    x = (x - mean[None, None]) * jax.lax.rsqrt(variance + _EPSILON)[None, None]
+    scale = self._channel_param('scale', nn.initializers.ones, x)
+    bias = self._channel_param('bias', nn.initializers.zeros, x)
+    return x * scale[None, None] + bias[None, None], running
+
+  def _channel_param(self, name, init, x):
+    init = nn.with_logical_partitioning(init, (axes.CONV_CHANNEL,))
+    return self.param(f'norm_{name}', init, (x.shape[-1],))
+
+
+def _batch_statistics(x, mask, running):
+  """Batch mean and variance over counted frames, and the running update."""
+  count = jnp.maximum(jnp.sum(mask), 1).astype(x.dtype)
+  keep = mask[..., None]
+  mean = jnp.sum(jnp.where(keep, x, 0.0), axis=(0, 1)) / count
+  centred = jnp.where(keep, x - mean[None, None], 0.0)
+  variance = jnp.sum(centred**2, axis=(0, 1)) / count
+  # The running variance is unbiased, the one used to normalise is not.
+  unbiased = variance * count / jnp.maximum(count - 1, 1)
+
+  def move(old, new):
+    return (1 - _MOMENTUM) * old + _MOMENTUM * jax.lax.stop_gradient(new)
+
+  updated = RunningStats(
+    mean=move(running.mean, mean), variance=move(running.variance, unbiased)
+  )
+  return mean, variance, updated

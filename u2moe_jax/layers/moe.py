@@ -1,0 +1,126 @@
+"""Mixture-of-Experts feed-forward layer (U2++ MoE, arXiv 2404.16407)."""
+
+from flax import linen as nn
+from flax import struct
+import jax.numpy as jnp
+
+from u2moe_jax.array_types import Array
+from u2moe_jax.array_types import Bool
+from u2moe_jax.array_types import Float
+from u2moe_jax.array_types import Int
+from u2moe_jax.array_types import typechecked
+from u2moe_jax.config import Activation
+from u2moe_jax.config import MoeConfig
+from u2moe_jax.layers import activations
+from u2moe_jax.layers import linear
+from u2moe_jax.ops import grouped_matmul
+from u2moe_jax.ops import routing
+from u2moe_jax.sharding import axes
+
+
+@struct.dataclass
+class MoeStats:
+  """What one MoE layer did.
+
+  Attributes:
+    summary: load, entropy, losses, over valid tokens.
+    logits: router logits.
+    expert_index: chosen experts, best first; E for padding.
+    expert_weight: their weights; 0 for padding.
+    margin: gap between the last kept and the first rejected logit;
+      infinite for padding.
+  """
+
+  summary: routing.RoutingStats
+  logits: Float[Array, 'B T E']
+  expert_index: Int[Array, 'B T J']
+  expert_weight: Float[Array, 'B T J']
+  margin: Float[Array, 'B T']
+
+
+class MoeFeedForward(nn.Module):
+  """Makes a routing plan and has it carried out.
+
+  Attributes:
+    config: experts, top-k, router form, executor.
+    hidden_dim: width M of each expert.
+    activation: inside the experts.
+    dtype: compute type; the router is float32.
+
+  There is no dropout inside the experts: every executor would draw other
+  masks. The residual dropout of the block applies to the combined output.
+  """
+
+  config: MoeConfig
+  hidden_dim: int
+  activation: Activation = 'relu'
+  dtype: linear.Dtype = jnp.float32
+
+  @nn.compact
+  @typechecked
+  def __call__(
+    self, x: Float[Array, 'B T D'], mask: Bool[Array, 'B T']
+  ) -> tuple[Float[Array, 'B T D'], MoeStats]:
+    """Sends every valid frame through its experts; padding gets zeros."""
+    batch, frames, width = x.shape
+    config = self.config
+    training = self.has_rng('dropout')
+    tokens = x.reshape(-1, width)  # [S, D]
+    logits = self._router(tokens)
+    token_mask = mask.reshape(-1)
+    plan = routing.route(
+      logits,
+      token_mask,
+      top_k=config.top_k,
+      router_type=config.router_type,
+    )
+    executed = grouped_matmul.expert_feed_forward(
+      tokens.astype(self.dtype),
+      plan,
+      self._experts(width),
+      activation=activations.get(self.activation),
+      executor=config.executor,
+      # At evaluation nothing is dropped: a token's answer must not depend
+      # on its neighbours in the batch.
+      capacity_factor=config.capacity_factor if training else None,
+      block_size=config.block_size,
+    )
+    margin = routing.margins(logits, top_k=config.top_k)
+    shape = (batch, frames, -1)
+    stats = MoeStats(
+      summary=routing.routing_stats(logits, plan, dropped=executed.dropped),
+      logits=logits.reshape(shape),
+      expert_index=plan.expert_index.reshape(shape),
+      expert_weight=plan.weight.reshape(shape),
+      margin=jnp.where(token_mask, margin, jnp.inf).reshape(batch, frames),
+    )
+    return executed.output.reshape(shape), stats
+
+  def _router(self, tokens):
+    """Logits in float32: near-ties must not hang on the compute type."""
+    wide = jnp.promote_types(jnp.float32, tokens.dtype)
+    return linear.dense(
+      self.config.num_experts,
+      fan_in=tokens.shape[-1],
+      kernel_axes=(axes.EMBED, axes.ROUTER),
+      dtype=wide,
+      use_bias=False,
+      name='router',
+    )(tokens.astype(wide))
+
+  def _experts(self, width: int) -> grouped_matmul.ExpertWeights:
+    num, hidden = self.config.num_experts, self.hidden_dim
+
+    def param(name, fan_in, shape, names):
+      init = nn.with_logical_partitioning(
+        linear.uniform_fan_in(fan_in), (axes.EXPERT, *names)
+      )
+      return self.param(name, init, (num, *shape)).astype(self.dtype)
+
+    into, out = (axes.EMBED, axes.MLP), (axes.MLP, axes.EMBED)
+    return grouped_matmul.ExpertWeights(
+      w_in=param('w_in', width, (width, hidden), into),
+      b_in=param('b_in', width, (hidden,), into[1:]),
+      w_out=param('w_out', hidden, (hidden, width), out),
+      b_out=param('b_out', hidden, (width,), out[1:]),
+    )

@@ -1,0 +1,51 @@
+"""Scaled dot-product attention with an additive score per key."""
+
+import jax
+import jax.numpy as jnp
+
+from u2moe_jax.array_types import Array
+from u2moe_jax.array_types import Bool
+from u2moe_jax.array_types import Float
+from u2moe_jax.array_types import typechecked
+
+
+@typechecked
+def attention_weights(
+  query: Float[Array, 'B T H K'],
+  key: Float[Array, 'B P H K'],
+  mask: Bool[Array, '#B #T P'],
+  *,
+  key_score: Float[Array, 'B P H'] | None = None,
+) -> Float[Array, 'B H T P']:
+  """Softmax of (q . k + key_score) / sqrt(K) over the keys that may be seen.
+
+  Args:
+    query: queries.
+    key: keys; P counts cached and current frames.
+    mask: True where a query may look at a key.
+    key_score: added to every query's product with a key, before scaling.
+
+  Returns:
+    Float32 weights; a query that may see nothing gets zeros, not NaN.
+  """
+  scores = jnp.einsum('BTHK,BPHK->BHTP', query, key)
+  # Softmax in float32: in bfloat16 long rows lose their small weights.
+  scores = scores.astype(_at_least_float32(scores.dtype))
+  if key_score is not None:
+    scores += jnp.moveaxis(key_score, 1, 2)[:, :, None, :].astype(scores.dtype)
+  scores *= query.shape[-1] ** -0.5
+  mask = mask[:, None]  # [B, 1, T, P]
+  scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+  return jnp.where(mask, jax.nn.softmax(scores, axis=-1), 0.0)
+
+
+@typechecked
+def weighted_values(
+  weights: Float[Array, 'B H T P'], value: Float[Array, 'B P H K']
+) -> Float[Array, 'B T H K']:
+  """Sums the values under the weights, in the values' dtype."""
+  return jnp.einsum('BHTP,BPHK->BTHK', weights.astype(value.dtype), value)
+
+
+def _at_least_float32(dtype):
+  return jnp.promote_types(dtype, jnp.float32)

@@ -1,0 +1,130 @@
+"""Routing plans: which experts a token visits, and with what weight."""
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from u2moe_jax.array_types import Array
+from u2moe_jax.array_types import Bool
+from u2moe_jax.array_types import Float
+from u2moe_jax.array_types import Int
+from u2moe_jax.array_types import typechecked
+from u2moe_jax.config import RouterType
+
+
+@struct.dataclass
+class Routing:
+  """A plan for S tokens.
+
+  Attributes:
+    expert_index: the J experts of each token, best first; E (one past the
+      last expert) for a padded token, which visits none.
+    weight: their weights, float32; 0 for a padded token.
+    mask: True for real tokens.
+    num_experts: E.
+  """
+
+  expert_index: Int[Array, 'S J']
+  weight: Float[Array, 'S J']
+  mask: Bool[Array, 'S']
+  num_experts: int = struct.field(pytree_node=False)
+
+
+@struct.dataclass
+class RoutingStats:
+  """What one layer's routing did, over valid tokens only.
+
+  Attributes:
+    load: share of the kept (token, slot) pairs each expert received; sums
+      to 1.
+    entropy: mean entropy of the router's distribution over all experts, nats.
+    balance_loss: E * sum_e load_e * mean probability_e; 1 when balanced
+      (Switch, arXiv 2101.03961, equation 4).
+    z_loss: mean squared log-sum-exp of the logits (ST-MoE, arXiv 2202.08906,
+      equation 5).
+    dropped: share of the pairs that found no capacity.
+  """
+
+  load: Float[Array, 'E']
+  entropy: Float[Array, '']
+  balance_loss: Float[Array, '']
+  z_loss: Float[Array, '']
+  dropped: Float[Array, '']
+
+
+@typechecked
+def route(
+  logits: Float[Array, 'S E'],
+  mask: Bool[Array, 'S'],
+  *,
+  top_k: int,
+  router_type: RouterType,
+) -> Routing:
+  """Chooses the experts of every token.
+
+  Args:
+    logits: router logits, float32: near-ties must not hang on bfloat16.
+    mask: True for real tokens.
+    top_k: experts J kept per token.
+    router_type: `topk_softmax` normalises over the kept logits, so weights
+      sum to 1 (and top-1 gives the router no gradient); `softmax_topk` keeps
+      the probabilities among all experts (Switch).
+
+  Returns:
+    The plan.
+  """
+  num_experts = logits.shape[-1]
+  kept, index = jax.lax.top_k(logits, top_k)  # [S, J]
+  if router_type == 'topk_softmax':
+    weight = jax.nn.softmax(kept, axis=-1)
+  else:
+    normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    weight = jnp.exp(kept - normaliser)
+  valid = mask[:, None]
+  return Routing(
+    expert_index=jnp.where(valid, index, num_experts),
+    weight=jnp.where(valid, weight, 0.0),
+    mask=mask,
+    num_experts=num_experts,
+  )
+
+
+@typechecked
+def routing_stats(
+  logits: Float[Array, 'S E'],
+  plan: Routing,
+  *,
+  dropped: Float[Array, ''] | float = 0.0,
+) -> RoutingStats:
+  """Summarises a plan; every number is a mean over valid tokens."""
+  num_tokens = jnp.maximum(jnp.sum(plan.mask), 1)
+  chosen = jax.nn.one_hot(plan.expert_index, plan.num_experts)  # [S, J, E]
+  load = jnp.sum(chosen, axis=(0, 1)) / (num_tokens * plan.weight.shape[1])
+  log_probs = jax.nn.log_softmax(logits, axis=-1)
+  probs = jnp.exp(log_probs)
+
+  def mean(x):  # over valid tokens
+    keep = plan.mask.reshape(plan.mask.shape + (1,) * (x.ndim - 1))
+    return jnp.sum(jnp.where(keep, x, 0.0), axis=0) / num_tokens
+
+  return RoutingStats(
+    load=load,
+    entropy=mean(-jnp.sum(probs * log_probs, axis=-1)),
+    balance_loss=plan.num_experts
+    * jnp.sum(jax.lax.stop_gradient(load) * mean(probs)),
+    z_loss=mean(jax.nn.logsumexp(logits, axis=-1) ** 2),
+    dropped=jnp.asarray(dropped, jnp.float32),
+  )
+
+
+@typechecked
+def margins(logits: Float[Array, 'S E'], *, top_k: int) -> Float[Array, 'S']:
+  """Gap between the last kept and the first rejected logit of each token.
+
+  A choice with a margin near the rounding noise may differ between two
+  computations of the same thing. Infinite when every expert is kept.
+  """
+  if top_k == logits.shape[-1]:
+    return jnp.full(logits.shape[:1], jnp.inf, logits.dtype)
+  best, _ = jax.lax.top_k(logits, top_k + 1)
+  return best[:, top_k - 1] - best[:, top_k]
