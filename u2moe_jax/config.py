@@ -451,8 +451,7 @@ class TrainConfig:
     balance_loss_weight: Switch load-balance loss; 0 as in U2++ MoE.
     z_loss_weight: router z-loss; 0 as in U2++ MoE.
     log_every: steps between metric lines.
-    eval_every: steps between dev evaluations.
-    save_every: steps between checkpoints.
+    save_every: steps between checkpoints, each with a dev evaluation.
     keep_last: newest checkpoints kept.
     average_best: best checkpoints (dev WER) kept, and averaged into `model/`.
     init_from: model directory to start from; empty for random.
@@ -468,7 +467,6 @@ class TrainConfig:
   balance_loss_weight: float = 0.0
   z_loss_weight: float = 0.0
   log_every: int = 20
-  eval_every: int = 1000
   save_every: int = 1000
   keep_last: int = 2
   average_best: int = 5
@@ -486,7 +484,6 @@ class TrainConfig:
       'train',
       num_steps=self.num_steps,
       log_every=self.log_every,
-      eval_every=self.eval_every,
       save_every=self.save_every,
       keep_last=self.keep_last,
       average_best=self.average_best,

@@ -6,6 +6,8 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from u2moe_jax.array_types import Array
+from u2moe_jax.array_types import Float
 from u2moe_jax.sharding import axes
 
 Dtype = jnp.dtype | type | str
@@ -21,6 +23,49 @@ def uniform_fan_in(fan_in: int):
   return init
 
 
+class Linear(nn.Module):
+  """A linear map of the last `contract` axes to `features`.
+
+  Attributes:
+    features: output sizes.
+    fan_in: inputs summed per output; sets the range of the initial values.
+    kernel_axes: logical axes of the kernel; its last ones name the bias.
+    dtype: compute type; parameters are float32.
+    contract: how many trailing input axes are summed over.
+    use_bias: whether there is a bias.
+  """
+
+  features: tuple[int, ...]
+  fan_in: int
+  kernel_axes: tuple[str, ...]
+  dtype: Dtype = jnp.float32
+  contract: int = 1
+  use_bias: bool = True
+
+  @nn.compact
+  def __call__(self, x: Float[Array, '...']) -> Float[Array, '...']:
+    inputs = x.shape[x.ndim - self.contract :]
+    init = uniform_fan_in(self.fan_in)
+    kernel = self.param(
+      'kernel',
+      nn.with_logical_partitioning(init, self.kernel_axes),
+      (*inputs, *self.features),
+    )
+    x = jnp.tensordot(
+      x.astype(self.dtype), kernel.astype(self.dtype), axes=self.contract
+    )
+    if not self.use_bias:
+      return x
+    bias = self.param(
+      'bias',
+      nn.with_logical_partitioning(init, self.kernel_axes[self.contract :]),
+      self.features,
+    )
+    return x + bias.astype(self.dtype).reshape(
+      (1,) * (x.ndim - len(self.features)) + self.features
+    )
+
+
 def dense(
   features: int | Sequence[int],
   *,
@@ -30,28 +75,16 @@ def dense(
   contract: int = 1,
   use_bias: bool = True,
   name: str | None = None,
-) -> nn.DenseGeneral:
-  """A linear layer over the last `contract` axes.
-
-  Args:
-    features: output size, or sizes.
-    fan_in: inputs summed per output; sets the range of the initial values.
-    kernel_axes: logical axes of the kernel; its last ones name the bias.
-    dtype: compute type; parameters are float32.
-    contract: how many trailing input axes are summed over.
-    use_bias: whether there is a bias.
-    name: module name.
-  """
+) -> Linear:
+  """Builds a `Linear`; one output size may be given as a number."""
   sizes = (features,) if isinstance(features, int) else tuple(features)
-  bias_axes = tuple(kernel_axes[len(kernel_axes) - len(sizes) :])
-  init = uniform_fan_in(fan_in)
-  return nn.DenseGeneral(
+  return Linear(
     sizes,
-    axis=tuple(range(-contract, 0)),
-    use_bias=use_bias,
+    fan_in,
+    tuple(kernel_axes),
     dtype=dtype,
-    kernel_init=nn.with_logical_partitioning(init, tuple(kernel_axes)),
-    bias_init=nn.with_logical_partitioning(init, bias_axes),
+    contract=contract,
+    use_bias=use_bias,
     name=name,
   )
 

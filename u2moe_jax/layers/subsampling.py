@@ -98,7 +98,7 @@ class ConvSubsampling(nn.Module):
   def _convolve(self, x, index, size, stride):
     channels = x.shape[-1]
     init = linear.uniform_fan_in(size * size * channels)
-    names = (axes.CONV, axes.CONV, None, axes.CONV_CHANNEL)
+    names = (axes.CONV, None, None, axes.CONV_CHANNEL)
     kernel = self.param(
       f'kernel_{index}',
       nn.with_logical_partitioning(init, names),

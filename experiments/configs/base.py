@@ -1,0 +1,53 @@
+"""Config classes as `ConfigDict`s, so that absl flags can override keys."""
+
+import ml_collections
+
+from u2moe_jax import config as config_lib
+
+
+def config_dict(config: config_lib.Config) -> ml_collections.ConfigDict:
+  """Turns a config into a locked ConfigDict with the same tree."""
+  result = ml_collections.ConfigDict(config_lib.to_dict(config))
+  result.lock()
+  return result
+
+
+def u2pp(
+  *,
+  num_blocks: int,
+  model_dim: int,
+  num_heads: int,
+  ffn_dim: int,
+  conv_kernel: int,
+  num_experts: int = 0,
+  decoder_blocks: int = 3,
+  vocab_size: int = 0,
+  dropout: float = 0.1,
+) -> config_lib.ModelConfig:
+  """The U2++ recipe's model at a given size, dense or MoE in every FFN."""
+  moe = config_lib.MoeConfig(num_experts=num_experts)
+  return config_lib.ModelConfig(
+    vocab_size=vocab_size,
+    encoder=config_lib.EncoderConfig(
+      num_blocks=num_blocks,
+      model_dim=model_dim,
+      num_heads=num_heads,
+      ffn_dim=ffn_dim,
+      conv_kernel=conv_kernel,
+      moe=moe,
+      dropout=dropout,
+      attention_dropout=dropout,
+      positional_dropout=dropout,
+    ),
+    decoder=config_lib.DecoderConfig(
+      num_blocks=decoder_blocks,
+      num_reverse_blocks=decoder_blocks,
+      num_heads=num_heads,
+      ffn_dim=ffn_dim,
+      moe=moe,
+      dropout=dropout,
+      self_attention_dropout=dropout,
+      cross_attention_dropout=dropout,
+      positional_dropout=dropout,
+    ),
+  )

@@ -1,0 +1,53 @@
+"""Built-in spoken corpus, small U2++ MoE: the model of `make quickstart`.
+
+Conformer with 4 experts (top-2) in both feed-forward layers of every block,
+and in both decoders; 40 mel bins and few blocks, so that it trains on a
+laptop.
+
+Command:
+  make quickstart
+Hardware: 2 CPU cores, about 15 minutes of training.
+Expected: WER on the built-in test split (synthetic speech), rescoring: see
+  docs/results.md.
+"""
+
+from experiments.configs import base
+from u2moe_jax import config as config_lib
+
+
+def get_config():
+  """The experiment."""
+  return base.config_dict(
+    config_lib.Config(
+      model=base.u2pp(
+        num_blocks=6,
+        model_dim=144,
+        num_heads=4,
+        ffn_dim=288,
+        conv_kernel=8,
+        num_experts=4,
+        decoder_blocks=2,
+        dropout=0.1,
+      ),
+      data=config_lib.DataConfig(
+        features=config_lib.FeatureConfig(num_mel_bins=40),
+        augment=config_lib.AugmentConfig(
+          num_time_masks=2,
+          max_time_mask=20,
+          num_freq_masks=2,
+          max_freq_mask=6,
+          num_substitutions=2,
+          max_substitution=15,
+        ),
+        batch_frames=6000,
+        num_buckets=4,
+        num_workers=1,
+      ),
+      optimizer=config_lib.OptimizerConfig(
+        learning_rate=2e-3, schedule='cosine', warmup_steps=200
+      ),
+      train=config_lib.TrainConfig(
+        num_steps=1500, save_every=150, average_best=5
+      ),
+    )
+  )

@@ -1,0 +1,1 @@
+"""Ties the data pipelines to training and decoding."""

@@ -1,0 +1,59 @@
+"""How every script starts and ends: one line for bad input, an exit code."""
+
+from collections.abc import Callable
+import sys
+
+from absl import app
+from absl import flags
+from absl import logging
+
+OK = 0
+FAILED = 1  # a check said no
+BAD_INPUT = 2  # a flag, key, file or line cannot be used; one line says which
+INTERRUPTED = 3  # stopped by a signal, after saving
+NO_SPACE = 4  # the disk is full or read-only
+
+
+def run(main: Callable[[list[str]], int | None]) -> None:
+  """Runs an absl main and exits with its code.
+
+  A `ValueError` (all of the project's errors about input are) prints one
+  line and exits with BAD_INPUT; anything else is a defect and keeps its
+  traceback.
+  """
+  app.run(lambda argv: guarded(main, argv), flags_parser=parse_flags)
+
+
+def guarded(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
+  """Calls main and turns errors about input into a line and a code."""
+  if flags.FLAGS['verbosity'].using_default_value:
+    logging.set_verbosity(logging.WARNING)  # Orbax tells a lot at INFO
+  try:
+    return main(argv) or OK
+  except ValueError as error:
+    return _complain(error, BAD_INPUT)
+  except OSError as error:
+    return _complain(error, NO_SPACE)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+  """Parses flags; a bad one ends the program with one line."""
+  try:
+    return flags.FLAGS(argv)
+  except (
+    flags.Error,
+    KeyError,
+    AttributeError,
+    TypeError,
+    ValueError,
+  ) as error:
+    message = error.args[0] if error.args else error
+    sys.exit(_complain(message, BAD_INPUT))
+  except OSError as error:
+    sys.exit(_complain(error, BAD_INPUT))
+
+
+def _complain(error: object, code: int) -> int:
+  line = ' '.join(str(error).split())
+  print(f'error: {line}', file=sys.stderr, flush=True)
+  return code

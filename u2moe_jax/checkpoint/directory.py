@@ -1,0 +1,256 @@
+"""The model directory: what import, upcycling, averaging and training leave.
+
+MODEL/
+  model.json   format version, ModelConfig, FeatureConfig, provenance
+  tokens/      token table; without it decoding prints ids
+  params/      Orbax item: parameters and buffers, blocks and experts stacked
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import sys
+from typing import Any
+
+from flax import linen as nn
+import jax
+import orbax.checkpoint as ocp
+
+import u2moe_jax
+from u2moe_jax import config as config_lib
+from u2moe_jax.array_types import PyTree
+from u2moe_jax.models import u2
+
+FORMAT_VERSION = 1
+Path = str | os.PathLike[str]
+
+
+class CheckpointError(ValueError):
+  """A folder that cannot be read as a checkpoint; says what was found."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+  """What model.json says.
+
+  Attributes:
+    model: the model.
+    features: the filterbank it was trained on.
+    provenance: command, versions, device, seeds, step, ...
+  """
+
+  model: config_lib.ModelConfig
+  features: config_lib.FeatureConfig
+  provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+  """A checkpoint that was found.
+
+  Attributes:
+    params: folder of the Orbax item with parameters and buffers.
+    tokens: folder of the token table, or None.
+    description: the model.
+    choice: one line that says what was chosen.
+  """
+
+  params: pathlib.Path
+  tokens: pathlib.Path | None
+  description: Description
+  choice: str
+
+
+def provenance(**extra: Any) -> dict[str, Any]:
+  """Command, versions and device, for model.json."""
+  return {
+    'command': ' '.join(sys.argv),
+    'versions': {
+      'u2moe_jax': u2moe_jax.__version__,
+      'jax': jax.__version__,
+      'python': sys.version.split()[0],
+    },
+    'device': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
+    **extra,
+  }
+
+
+def write(
+  path: Path,
+  description: Description,
+  params: PyTree,
+  buffers: PyTree,
+  *,
+  tokens: Path | None = None,
+) -> None:
+  """Writes a model directory; an existing one is replaced at the end.
+
+  Args:
+    path: the folder.
+    description: the model.
+    params: parameters.
+    buffers: buffers.
+    tokens: folder of the token table to copy.
+  """
+  path = pathlib.Path(path).absolute()
+  unfinished = path.with_name(path.name + '.unfinished')
+  shutil.rmtree(unfinished, ignore_errors=True)
+  unfinished.mkdir(parents=True)
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(
+      unfinished / 'params', {'params': params, 'buffers': buffers}
+    )
+  if tokens is not None:
+    shutil.copytree(tokens, unfinished / 'tokens')
+  text = json.dumps(_to_json(description), indent=2)
+  (unfinished / 'model.json').write_text(text + '\n', encoding='utf-8')
+  if path.exists():
+    shutil.rmtree(path)
+  unfinished.rename(path)
+
+
+def _to_json(description: Description) -> dict[str, Any]:
+  return {
+    'format_version': FORMAT_VERSION,
+    'model': config_lib.to_dict(description.model),
+    'features': config_lib.to_dict(description.features),
+    'provenance': dict(description.provenance),
+  }
+
+
+def describe(path: Path) -> Description:
+  """Reads model.json.
+
+  Raises:
+    CheckpointError: if there is none, or a newer program wrote it.
+  """
+  file = pathlib.Path(path) / 'model.json'
+  tree = _read_json(file)
+  version = tree.get('format_version')
+  if not isinstance(version, int) or version > FORMAT_VERSION:
+    raise CheckpointError(
+      f'{file}: format version {version!r}; this program reads up to '
+      f'{FORMAT_VERSION}: install a newer u2moe_jax'
+    )
+  return Description(
+    model=config_lib.from_dict(config_lib.ModelConfig, tree['model']),
+    features=config_lib.from_dict(config_lib.FeatureConfig, tree['features']),
+    provenance=tree.get('provenance', {}),
+  )
+
+
+def _read_json(file: pathlib.Path) -> dict[str, Any]:
+  try:
+    return json.loads(file.read_text(encoding='utf-8'))
+  except FileNotFoundError:
+    raise CheckpointError(f'{file}: no such file') from None
+  except ValueError as error:
+    raise CheckpointError(f'{file}: not JSON ({error})') from None
+
+
+def find(path: Path) -> Found:
+  """Finds a checkpoint.
+
+  Args:
+    path: a MODEL folder; a WORKDIR (its `model/`, else the newest step); or
+      one step folder of a WORKDIR.
+
+  Raises:
+    CheckpointError: if there is no checkpoint; says what was looked for.
+  """
+  path = pathlib.Path(path).absolute()
+  if not path.is_dir():
+    raise CheckpointError(f'{path}: no such folder')
+  if (path / 'model.json').is_file():
+    return _found_model(path, f'model {path}')
+  if (path / 'model' / 'model.json').is_file():
+    return _found_model(path / 'model', f'model {path / "model"}')
+  if (path / 'checkpoints').is_dir():
+    steps = step_folders(path)
+    if steps:
+      return _found_step(path, max(steps, key=lambda p: int(p.name)))
+  if path.parent.name == 'checkpoints' and (path / 'params').is_dir():
+    return _found_step(path.parent.parent, path)
+  raise CheckpointError(
+    f'{path}: no checkpoint here; expected model.json, model/model.json or '
+    'checkpoints/STEP/params'
+  )
+
+
+def step_folders(workdir: Path) -> list[pathlib.Path]:
+  """Complete step folders of a work directory, oldest first."""
+  folders = [
+    folder
+    for folder in (pathlib.Path(workdir) / 'checkpoints').iterdir()
+    if folder.name.isdigit() and (folder / 'params').is_dir()
+  ]
+  return sorted(folders, key=lambda folder: int(folder.name))
+
+
+def _found_model(path: pathlib.Path, choice: str) -> Found:
+  tokens = path / 'tokens'
+  return Found(
+    params=path / 'params',
+    tokens=tokens if tokens.is_dir() else None,
+    description=describe(path),
+    choice=choice,
+  )
+
+
+def _found_step(workdir: pathlib.Path, folder: pathlib.Path) -> Found:
+  tree = _read_json(workdir / 'config.json')
+  tokens = workdir / 'tokens'
+  config = config_lib.from_dict(config_lib.Config, tree)
+  return Found(
+    params=folder / 'params',
+    tokens=tokens if tokens.is_dir() else None,
+    description=Description(config.model, config.data.features),
+    choice=f'step {folder.name} of {workdir}',
+  )
+
+
+def abstract_variables(
+  config: config_lib.ModelConfig, sharding: jax.sharding.Sharding | None = None
+) -> dict[str, PyTree]:
+  """Shapes of parameters and buffers, placed by one sharding."""
+  model = u2.U2MoeModel(config)
+  if sharding is None:
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  tree = {
+    'params': nn.meta.unbox(
+      jax.eval_shape(lambda key: u2.init_params(model, key), jax.random.key(0))
+    ),
+    'buffers': jax.eval_shape(lambda: u2.init_buffers(config)),
+  }
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+  )
+
+
+def restore(
+  found: Found, target: dict[str, PyTree] | None = None
+) -> tuple[PyTree, PyTree]:
+  """Restores (parameters, buffers) onto the target's shardings.
+
+  Args:
+    found: see `find`.
+    target: abstract `{'params', 'buffers'}` with shardings; None puts all on
+      the first device.
+
+  Raises:
+    CheckpointError: if the arrays do not fit the model.
+  """
+  if target is None:
+    target = abstract_variables(found.description.model)
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      tree = checkpointer.restore(found.params, target)
+  except (ValueError, KeyError, FileNotFoundError) as error:
+    first = str(error).strip().splitlines()[0]
+    raise CheckpointError(
+      f'{found.params}: cannot be restored into this model: {first}'
+    ) from error
+  return tree['params'], tree['buffers']
