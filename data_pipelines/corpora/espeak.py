@@ -51,7 +51,7 @@ VARIANTS = (
 )
 # Variants that training never hears, with any accent.
 UNSEEN_VARIANTS = {'dev': ('Denis', 'shelby'), 'test': ('rob', 'grandma')}
-# Of the pairs of an accent and a variant, one in eight goes to dev, one to test.
+# Of the pairs of accent and variant, one in eight goes to dev, one to test.
 _DEAL = 8
 _DEALT = {'dev': 0, 'test': _DEAL // 2}
 
@@ -427,7 +427,7 @@ def _unload(library: ctypes.CDLL) -> None:
 def _library_path() -> tuple[str, str]:
   """Returns the paths of the engine's library and of its data."""
   try:
-    import espeakng_loader  # in requirements-dev.txt only; nothing else needs it
+    import espeakng_loader  # a requirement of this corpus only
   except ImportError:
     raise EngineError(
       'the built-in corpus needs the speech engine espeak-ng: '

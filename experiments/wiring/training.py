@@ -154,14 +154,27 @@ def _cmvn(config, source, workdir) -> cmvn_lib.CmvnStats:
   """The configured statistics, the corpus's own, or computed from audio."""
   file = workdir / 'global_cmvn.json'
   if not file.is_file():
-    beside = pathlib.Path(config.data.train) / 'global_cmvn.json'
-    given = config.data.cmvn or (str(beside) if beside.is_file() else '')
-    if given:
-      stats = cmvn_lib.load(given)
-    else:
-      stats = compute_cmvn(source, config.data.features)
-    cmvn_lib.save(file, stats)
+    cmvn_lib.save(file, _first_cmvn(config, source))
   return cmvn_lib.load(file)
+
+
+def _first_cmvn(config, source) -> cmvn_lib.CmvnStats:
+  bins = config.data.features.num_mel_bins
+  if config.data.cmvn:
+    stats = cmvn_lib.load(config.data.cmvn)
+    if len(stats.sum) != bins:
+      raise config_lib.ConfigError(
+        f'{config.data.cmvn} has {len(stats.sum)} bins, '
+        f'data.features.num_mel_bins asks for {bins}'
+      )
+    return stats
+  beside = pathlib.Path(config.data.train) / 'global_cmvn.json'
+  if beside.is_file():
+    stats = cmvn_lib.load(beside)
+    if len(stats.sum) == bins:
+      return stats
+  print(f'computing CMVN of {bins} mel bins', flush=True)
+  return compute_cmvn(source, config.data.features)
 
 
 def compute_cmvn(
