@@ -243,7 +243,8 @@ def _planned(bucket, indices, drawn) -> PlannedBatch:
 
 def _flush(waiting, buckets, drawn) -> list[PlannedBatch]:
   """Moves what is left over to longer buckets, so few rows stay empty."""
-  batches, carried = [], []
+  batches: list[PlannedBatch] = []
+  carried: list[int] = []
   for bucket, indices in zip(buckets, waiting, strict=True):
     carried = carried + indices
     while len(carried) >= bucket.batch_size:

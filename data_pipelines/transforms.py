@@ -68,6 +68,7 @@ class Augment:
 
   def __call__(self, row: Row) -> Row:
     frames = row.frames
+    assert frames is not None, 'Augment stands behind Fbank'
     for step in (
       augment.spec_augment,
       augment.spec_substitute,

@@ -13,10 +13,10 @@ from u2moe_jax import config as config_lib
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'Experiment file; --config.KEY=VALUE overrides a key.'
 )
+flags.mark_flag_as_required('config')
 _WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Folder for checkpoints, logs and the model.'
+  'workdir', None, 'Folder for checkpoints, logs and the model.', required=True
 )
-flags.mark_flags_as_required(['config', 'workdir'])
 
 
 def main(_) -> int:

@@ -26,7 +26,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 
 def guarded(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
   """Calls main and turns errors about input into a line and a code."""
-  if flags.FLAGS['verbosity'].using_default_value:
+  if not any(arg.startswith(('--verbosity', '-v')) for arg in sys.argv):
     logging.set_verbosity(logging.WARNING)  # Orbax tells a lot at INFO
   try:
     return main(argv) or OK

@@ -32,6 +32,7 @@ class Store:
     *,
     keep_last: int = 2,
     keep_best: int = 5,
+    read_only: bool = False,
   ):
     """Opens (and creates) WORKDIR/checkpoints.
 
@@ -39,6 +40,7 @@ class Store:
       workdir: the work directory.
       keep_last: newest steps kept.
       keep_best: steps of lowest dev WER kept.
+      read_only: neither save nor tidy up.
     """
     policies = checkpoint_managers
     options = ocp.CheckpointManagerOptions(
@@ -55,7 +57,7 @@ class Store:
       ),
       best_fn=_word_error_rate,
       best_mode='min',
-      step_prefix=None,
+      read_only=read_only,
     )
     self._manager = ocp.CheckpointManager(
       pathlib.Path(workdir).absolute() / 'checkpoints',

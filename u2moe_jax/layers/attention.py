@@ -1,5 +1,7 @@
 """Multi-head self- and cross-attention; caches go in and out by hand."""
 
+import dataclasses
+
 from flax import linen as nn
 from flax import struct
 import jax
@@ -65,7 +67,7 @@ class MultiHeadAttention(nn.Module):
   def __call__(
     self,
     x: Float[Array, 'B T D'],
-    memory: Float[Array, 'B S D'] | KeyValue,
+    memory: Float[Array, 'B new D'] | KeyValue,
     mask: Bool[Array, '#B #T P'],
     *,
     past: KeyValue | None = None,
@@ -100,7 +102,7 @@ class MultiHeadAttention(nn.Module):
       )
     if rotation is not None:
       query = positional.rotate(query, rotation)
-      new = new.replace(key=positional.rotate(new.key, rotation))
+      new = dataclasses.replace(new, key=positional.rotate(new.key, rotation))
     keys = _join(past, new, write_at)
     key, key_score = keys.key, None
     if self.key_position:
@@ -142,13 +144,13 @@ class MultiHeadAttention(nn.Module):
       raise ValueError('key_position attention needs key_embedding')
     width = self.num_heads * head_dim
     position = self._project('position', width, use_bias=False)(key_embedding)
-    init = nn.with_logical_partitioning(
-      nn.initializers.xavier_uniform(), (axes.HEADS, axes.KV)
-    )
-    shape = (self.num_heads, head_dim)
-    content_bias = self.param('content_bias', init, shape).astype(key.dtype)
-    position_bias = self.param('position_bias', init, shape).astype(key.dtype)
+
+    def bias(name):
+      init, names = nn.initializers.xavier_uniform(), (axes.HEADS, axes.KV)
+      shape = (self.num_heads, head_dim)
+      return linear.parameter(self, name, init, names, shape).astype(key.dtype)
+
     position = jnp.broadcast_to(position, key.shape)
-    score = jnp.einsum('BPHK,HK->BPH', key, content_bias)
-    score += jnp.einsum('BPHK,HK->BPH', position, position_bias)
+    score = jnp.einsum('BPHK,HK->BPH', key, bias('content_bias'))
+    score += jnp.einsum('BPHK,HK->BPH', position, bias('position_bias'))
     return key + position, score

@@ -114,16 +114,10 @@ class ConvolutionModule(nn.Module):
   def _depthwise(self, x):
     width = x.shape[-1]
     init = linear.uniform_fan_in(self.kernel_width)
-    kernel = self.param(
-      'depthwise_kernel',
-      nn.with_logical_partitioning(init, (axes.CONV, axes.CONV_CHANNEL)),
-      (self.kernel_width, width),
-    )
-    bias = self.param(
-      'depthwise_bias',
-      nn.with_logical_partitioning(init, (axes.CONV_CHANNEL,)),
-      (width,),
-    )
+    names = (axes.CONV, axes.CONV_CHANNEL)
+    shape = (self.kernel_width, width)
+    kernel = linear.parameter(self, 'depthwise_kernel', init, names, shape)
+    bias = linear.parameter(self, 'depthwise_bias', init, names[1:], shape[1:])
     x = convolution.depthwise_conv(x, kernel.astype(x.dtype))
     return x + bias.astype(x.dtype)[None, None]
 
@@ -146,8 +140,8 @@ class ConvolutionModule(nn.Module):
     return x * scale[None, None] + bias[None, None], running
 
   def _channel_param(self, name, init, x):
-    init = nn.with_logical_partitioning(init, (axes.CONV_CHANNEL,))
-    return self.param(f'norm_{name}', init, (x.shape[-1],))
+    names = (axes.CONV_CHANNEL,)
+    return linear.parameter(self, f'norm_{name}', init, names, x.shape[-1:])
 
 
 def _batch_statistics(x, mask, running):

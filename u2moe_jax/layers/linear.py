@@ -1,6 +1,8 @@
 """Linear maps and norms with logical axes and the recipe's initial values."""
 
+from collections.abc import Callable
 from collections.abc import Sequence
+from typing import cast
 
 from flax import linen as nn
 import jax
@@ -21,6 +23,18 @@ def uniform_fan_in(fan_in: int):
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
   return init
+
+
+def parameter(
+  module: nn.Module,
+  name: str,
+  init: Callable[..., Array],
+  names: Sequence[str | None],
+  shape: Sequence[int],
+) -> Array:
+  """Declares a float32 parameter with logical axes; returns its value."""
+  boxed = nn.with_logical_partitioning(init, tuple(names))
+  return cast(Array, module.param(name, boxed, tuple(shape)))
 
 
 class Linear(nn.Module):
@@ -46,20 +60,16 @@ class Linear(nn.Module):
   def __call__(self, x: Float[Array, '...']) -> Float[Array, '...']:
     inputs = x.shape[x.ndim - self.contract :]
     init = uniform_fan_in(self.fan_in)
-    kernel = self.param(
-      'kernel',
-      nn.with_logical_partitioning(init, self.kernel_axes),
-      (*inputs, *self.features),
+    kernel = parameter(
+      self, 'kernel', init, self.kernel_axes, (*inputs, *self.features)
     )
     x = jnp.tensordot(
       x.astype(self.dtype), kernel.astype(self.dtype), axes=self.contract
     )
     if not self.use_bias:
       return x
-    bias = self.param(
-      'bias',
-      nn.with_logical_partitioning(init, self.kernel_axes[self.contract :]),
-      self.features,
+    bias = parameter(
+      self, 'bias', init, self.kernel_axes[self.contract :], self.features
     )
     return x + bias.astype(self.dtype).reshape(
       (1,) * (x.ndim - len(self.features)) + self.features

@@ -112,10 +112,9 @@ class MoeFeedForward(nn.Module):
     num, hidden = self.config.num_experts, self.hidden_dim
 
     def param(name, fan_in, shape, names):
-      init = nn.with_logical_partitioning(
-        linear.uniform_fan_in(fan_in), (axes.EXPERT, *names)
-      )
-      return self.param(name, init, (num, *shape)).astype(self.dtype)
+      init, names = linear.uniform_fan_in(fan_in), (axes.EXPERT, *names)
+      kernel = linear.parameter(self, name, init, names, (num, *shape))
+      return kernel.astype(self.dtype)
 
     into, out = (axes.EMBED, axes.MLP), (axes.MLP, axes.EMBED)
     return grouped_matmul.ExpertWeights(

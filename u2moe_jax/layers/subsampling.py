@@ -99,15 +99,10 @@ class ConvSubsampling(nn.Module):
     channels = x.shape[-1]
     init = linear.uniform_fan_in(size * size * channels)
     names = (axes.CONV, None, None, axes.CONV_CHANNEL)
-    kernel = self.param(
-      f'kernel_{index}',
-      nn.with_logical_partitioning(init, names),
-      (size, size, channels, self.width),
-    )
-    bias = self.param(
-      f'bias_{index}',
-      nn.with_logical_partitioning(init, (axes.CONV_CHANNEL,)),
-      (self.width,),
+    shape = (size, size, channels, self.width)
+    kernel = linear.parameter(self, f'kernel_{index}', init, names, shape)
+    bias = linear.parameter(
+      self, f'bias_{index}', init, names[-1:], (self.width,)
     )
     x = convolution.conv2d(x, kernel.astype(x.dtype), stride=stride)
     return x + bias.astype(x.dtype)[None, None, None]

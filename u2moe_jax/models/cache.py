@@ -1,5 +1,7 @@
 """What a stream carries from chunk to chunk."""
 
+import dataclasses
+
 from flax import struct
 import jax.numpy as jnp
 
@@ -65,6 +67,6 @@ def grow(cache: StreamingCache, capacity: int) -> StreamingCache:
   """Returns the cache with room for more frames, the old ones kept."""
   extra = capacity - cache.capacity
   pad = ((0, 0), (0, 0), (extra, 0), (0, 0), (0, 0))
-  return cache.replace(
-    key=jnp.pad(cache.key, pad), value=jnp.pad(cache.value, pad)
+  return dataclasses.replace(
+    cache, key=jnp.pad(cache.key, pad), value=jnp.pad(cache.value, pad)
   )

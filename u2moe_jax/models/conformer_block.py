@@ -85,7 +85,7 @@ class ConformerBlock(nn.Module):
   ) -> tuple[Float[Array, 'B T D'], BlockOutput]:
     config = self.config
     half = 0.5 if config.macaron else 1.0
-    stats = {}
+    stats: dict[str, moe.MoeStats] = {}
     if config.macaron:
       x += half * self._feed_forward(x, 'macaron', context, stats)
     attended, keys = self._attention(x, state, context)
@@ -112,14 +112,14 @@ class ConformerBlock(nn.Module):
     config = self.config
     x = self._normed(f'ffn_{name}', x)
     if config.moe.num_experts:
-      layer = moe.MoeFeedForward(
+      experts = moe.MoeFeedForward(
         config.moe,
         config.ffn_dim,
         config.activation,
         dtype=self.dtype,
         name=f'ffn_{name}',
       )
-      x, stats[name] = layer(x, context.frame_mask)
+      x, stats[name] = experts(x, context.frame_mask)
       return self._dropout(x)
     layer = feed_forward.FeedForward(
       config.ffn_dim,

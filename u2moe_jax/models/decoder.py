@@ -4,8 +4,11 @@ Both are the same stack with their own parameters; the right-to-left one is
 fed reversed tokens, and positions run forward in both.
 """
 
+import dataclasses
+
 from flax import linen as nn
 from flax import struct
+import jax
 import jax.numpy as jnp
 
 from u2moe_jax import config as config_lib
@@ -28,19 +31,35 @@ from u2moe_jax.sharding import axes
 class DecoderContext:
   """What every layer of a pass shares.
 
+  The R rows of tokens are R / B hypotheses for each of B utterances, so that
+  an n-best list needs its encoder frames only once.
+
   Attributes:
     token_mask: True for real tokens.
     attention_mask: True where a token may look; P counts cached and new.
-    memory: encoder frames.
     memory_mask: True for real encoder frames.
+    memory: encoder frames; None where they come projected.
     write_at: position of the new token in the cache, while decoding.
   """
 
-  token_mask: Bool[Array, 'B U1']
-  attention_mask: Bool[Array, '#B #U1 P']
-  memory: Float[Array, 'B T D']
+  token_mask: Bool[Array, 'R U1']
+  attention_mask: Bool[Array, '#R #U1 P']
   memory_mask: Bool[Array, 'B T']
+  memory: Float[Array, 'B T D'] | None = None
   write_at: Int[Array, ''] | None = None
+
+
+@struct.dataclass
+class DecoderCache:
+  """State of an autoregressive search, layers stacked in front.
+
+  Attributes:
+    tokens: self-attention keys and values, room for P tokens.
+    memory: projected encoder frames.
+  """
+
+  tokens: attention.KeyValue
+  memory: attention.KeyValue
 
 
 @struct.dataclass
@@ -66,22 +85,17 @@ class DecoderLayer(nn.Module):
   @typechecked
   def __call__(
     self,
-    x: Float[Array, 'B U1 D'],
-    past: attention.KeyValue | None,
+    x: Float[Array, 'R U1 D'],
+    cache: DecoderCache | None,
     context: DecoderContext,
-  ) -> tuple[Float[Array, 'B U1 D'], LayerOutput]:
-    config = self.config
+  ) -> tuple[Float[Array, 'R U1 D'], LayerOutput]:
     normed = self._normed('self_attention', x)
+    past = None if cache is None else cache.tokens
     attended, keys = self._self_attention(normed, past, context)
     x += self._dropout(attended)
-    attended, _ = self._attention(
-      'cross_attention', config.cross_attention_dropout
-    )(
-      self._normed('cross_attention', x),
-      context.memory,
-      context.memory_mask[:, None],
-    )
-    x += self._dropout(attended)
+    memory = context.memory if cache is None else cache.memory
+    normed = self._normed('cross_attention', x)
+    x += self._dropout(self._cross_attention(normed, memory, context))
     fed, stats = self._feed_forward(self._normed('ffn', x), context)
     x += self._dropout(fed)
     x = nn.with_logical_constraint(
@@ -110,17 +124,27 @@ class DecoderLayer(nn.Module):
       x, x, context.attention_mask, past=past, write_at=context.write_at
     )
 
+  def _cross_attention(self, x, memory, context):
+    layer = self._attention(
+      'cross_attention', self.config.cross_attention_dropout
+    )
+    # All hypotheses of an utterance as one long row of queries.
+    mask = context.memory_mask
+    queries = x.reshape(mask.shape[0], -1, x.shape[-1])
+    attended, _ = layer(queries, memory, mask[:, None])
+    return attended.reshape(x.shape)
+
   def _feed_forward(self, x, context):
     config = self.config
     if config.moe.num_experts:
-      layer = moe.MoeFeedForward(
+      experts = moe.MoeFeedForward(
         config.moe,
         config.ffn_dim,
         config.activation,
         dtype=self.dtype,
         name='ffn',
       )
-      x, stats = layer(x, context.token_mask)
+      x, stats = experts(x, context.token_mask)
       return x, {'ffn': stats}
     layer = feed_forward.FeedForward(
       config.ffn_dim,
@@ -177,15 +201,16 @@ class TransformerDecoder(nn.Module):
   @typechecked
   def __call__(
     self,
-    tokens: Int[Array, 'B U1'],
-    token_mask: Bool[Array, 'B U1'],
+    tokens: Int[Array, 'R U1'],
+    token_mask: Bool[Array, 'R U1'],
     memory: Float[Array, 'B T D'],
     memory_mask: Bool[Array, 'B T'],
-  ) -> tuple[Float[Array, 'B U1 V'], dict[str, moe.MoeStats]]:
+  ) -> tuple[Float[Array, 'R U1 V'], dict[str, moe.MoeStats]]:
     """Scores every next token, teacher-forced.
 
     Args:
-      tokens: inputs that start with sos.
+      tokens: inputs that start with sos; R is a multiple of B, the rows of
+        one utterance next to each other.
       token_mask: True for real inputs.
       memory: encoder frames.
       memory_mask: True for real frames.
@@ -207,43 +232,57 @@ class TransformerDecoder(nn.Module):
   @typechecked
   def step(
     self,
-    tokens: Int[Array, 'B'],
+    tokens: Int[Array, 'R'],
     position: Int[Array, ''],
-    cache: attention.KeyValue,
-    memory: Float[Array, 'B T D'],
+    cache: DecoderCache,
     memory_mask: Bool[Array, 'B T'],
-  ) -> tuple[Float[Array, 'B V'], attention.KeyValue]:
+  ) -> tuple[Float[Array, 'R V'], DecoderCache]:
     """Scores the next token after `tokens` at `position`.
 
     Args:
       tokens: the newest token of each hypothesis.
       position: its position, the same for all.
-      cache: keys and values of earlier tokens, (L, B, P, H, K).
-      memory: encoder frames.
+      cache: earlier tokens, and the memory.
       memory_mask: True for real frames.
 
     Returns:
       Logits in float32, and the cache with this token in it.
     """
-    capacity = cache.key.shape[2]
-    seen = jnp.arange(capacity)[None, None] <= position
+    capacity = cache.tokens.key.shape[2]
     context = DecoderContext(
       token_mask=jnp.ones((tokens.shape[0], 1), bool),
-      attention_mask=seen,
-      memory=memory,
+      attention_mask=jnp.arange(capacity)[None, None] <= position,
       memory_mask=memory_mask,
       write_at=position,
     )
     x = self._embed(tokens[:, None], position[None, None])
     x, output = self.layers(x, cache, context)
-    return self._logits(x)[:, 0], output.keys
+    return self._logits(x)[:, 0], dataclasses.replace(cache, tokens=output.keys)
 
-  def init_step_cache(self, batch: int, capacity: int) -> attention.KeyValue:
-    """An empty cache for `step`, with room for `capacity` tokens."""
+  def init_step_cache(
+    self, memory: Float[Array, 'B T D'], *, rows: int, capacity: int
+  ) -> DecoderCache:
+    """A cache for `step`: no tokens yet, the memory projected once.
+
+    Args:
+      memory: encoder frames.
+      rows: hypotheses R, a multiple of B.
+      capacity: tokens there is room for.
+    """
+    stacked = self.layers.variables['params']['cross_attention']
+
+    def project(name):
+      part = jax.tree.map(lambda x: x.astype(self.dtype), stacked[name])
+      bias = part['bias'][:, None, None]  # [L, 1, 1, H, K]
+      return jnp.einsum('BTD,LDHK->LBTHK', memory, part['kernel']) + bias
+
     heads = self.config.num_heads
-    shape = (self.num_blocks, batch, capacity, heads, self.model_dim // heads)
-    zeros = jnp.zeros(shape, self.dtype)
-    return attention.KeyValue(key=zeros, value=zeros)
+    shape = (self.num_blocks, rows, capacity, heads, self.model_dim // heads)
+    empty = jnp.zeros(shape, self.dtype)
+    return DecoderCache(
+      tokens=attention.KeyValue(key=empty, value=empty),
+      memory=attention.KeyValue(key=project('key'), value=project('value')),
+    )
 
   def _embed(self, tokens, positions):
     x = self.embedding(tokens) * self.model_dim**0.5

@@ -13,7 +13,6 @@ from u2moe_jax.array_types import Int
 from u2moe_jax.array_types import Key
 from u2moe_jax.array_types import PyTree
 from u2moe_jax.array_types import typechecked
-from u2moe_jax.layers import attention
 from u2moe_jax.layers import linear
 from u2moe_jax.layers import moe
 from u2moe_jax.models import cache as cache_lib
@@ -24,22 +23,22 @@ from u2moe_jax.sharding import axes
 
 @struct.dataclass
 class DecoderInputs:
-  """Teacher-forcing inputs of one direction.
+  """Teacher-forcing inputs of one direction, R / B rows for an utterance.
 
   Attributes:
     tokens: inputs that start with sos.
     mask: True for real inputs.
   """
 
-  tokens: Int[Array, 'B U1']
-  mask: Bool[Array, 'B U1']
+  tokens: Int[Array, 'R U1']
+  mask: Bool[Array, 'R U1']
 
 
 @struct.dataclass
 class DecoderScores:
   """A decoder's logits (float32) and MoE statistics."""
 
-  logits: Float[Array, 'B U1 V']
+  logits: Float[Array, 'R U1 V']
   moe: dict[str, moe.MoeStats]
 
 
@@ -214,21 +213,24 @@ class U2MoeModel(nn.Module):
 
   def decode_step(
     self,
-    tokens: Int[Array, 'B'],
+    tokens: Int[Array, 'R'],
     position: Int[Array, ''],
-    cache: attention.KeyValue,
-    memory: Float[Array, 'B T D'],
+    cache: decoder.DecoderCache,
     memory_mask: Bool[Array, 'B T'],
-  ) -> tuple[Float[Array, 'B V'], attention.KeyValue]:
+  ) -> tuple[Float[Array, 'R V'], decoder.DecoderCache]:
     """Left-to-right log-probabilities of the next token, and the cache."""
     logits, cache = self.forward_decoder.step(
-      tokens, position, cache, memory, memory_mask
+      tokens, position, cache, memory_mask
     )
     return jax.nn.log_softmax(logits), cache
 
-  def init_step_cache(self, batch: int, capacity: int) -> attention.KeyValue:
-    """An empty cache for `decode_step`."""
-    return self.forward_decoder.init_step_cache(batch, capacity)
+  def init_step_cache(
+    self, memory: Float[Array, 'B T D'], *, rows: int, capacity: int
+  ) -> decoder.DecoderCache:
+    """A cache for `decode_step`; see `TransformerDecoder`."""
+    return self.forward_decoder.init_step_cache(
+      memory, rows=rows, capacity=capacity
+    )
 
 
 def init_buffers(config: config_lib.ModelConfig) -> PyTree:

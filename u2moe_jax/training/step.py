@@ -1,6 +1,7 @@
 """The train step: a pure function, and the one place that jits it."""
 
 from collections.abc import Callable
+import dataclasses
 
 from flax import linen as nn
 import jax
@@ -66,7 +67,7 @@ def train_step(
   )
   finite = jnp.isfinite(result.loss) & jnp.isfinite(norm)
   if config.train.skip_nonfinite:
-    kept = state.replace(step=state.step + 1)
+    kept = dataclasses.replace(state, step=state.step + 1)
     new_state = jax.tree.map(
       lambda new, old: jnp.where(finite, new, old), new_state, kept
     )

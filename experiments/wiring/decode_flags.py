@@ -1,0 +1,58 @@
+"""Flags that make a DecodeConfig, shared by decode and stream."""
+
+from absl import flags
+
+from u2moe_jax import config as config_lib
+
+_DEFAULT = config_lib.DecodeConfig()
+
+
+def define(*, mode: str = _DEFAULT.mode, chunk_size: int = -1) -> None:
+  """Defines the flags; call once, at the top of a script."""
+  flags.DEFINE_enum('mode', mode, config_lib.DECODING_MODES, 'How to search.')
+  flags.DEFINE_integer(
+    'chunk_size', chunk_size, 'Encoder frames per chunk; -1: full context.'
+  )
+  flags.DEFINE_integer('left_chunks', -1, 'Chunks of left context; -1: all.')
+  flags.DEFINE_integer('beam', _DEFAULT.beam, 'Hypotheses kept.')
+  flags.DEFINE_integer('nbest', _DEFAULT.nbest, 'Hypotheses returned.')
+  flags.DEFINE_float(
+    'ctc_weight', _DEFAULT.ctc_weight, 'CTC share in rescoring.'
+  )
+  flags.DEFINE_float(
+    'reverse_weight',
+    _DEFAULT.reverse_weight,
+    'Right-to-left share in rescoring.',
+  )
+  flags.DEFINE_float(
+    'length_penalty',
+    _DEFAULT.length_penalty,
+    'Attention search divides by length to this power.',
+  )
+  flags.DEFINE_float(
+    'blank_penalty', _DEFAULT.blank_penalty, 'Subtracted from the blank logit.'
+  )
+  flags.DEFINE_float(
+    'batch_seconds', _DEFAULT.batch_seconds, 'Padded sound per batch.'
+  )
+
+
+def config() -> config_lib.DecodeConfig:
+  """The config that the parsed flags ask for.
+
+  Raises:
+    config_lib.ConfigError: for a value that is out of range; names it.
+  """
+  values = flags.FLAGS
+  return config_lib.DecodeConfig(
+    mode=values.mode,
+    chunk_size=values.chunk_size,
+    left_chunks=values.left_chunks,
+    beam=values.beam,
+    nbest=values.nbest,
+    ctc_weight=values.ctc_weight,
+    reverse_weight=values.reverse_weight,
+    length_penalty=values.length_penalty,
+    blank_penalty=values.blank_penalty,
+    batch_seconds=values.batch_seconds,
+  )

@@ -1,0 +1,47 @@
+"""Warm timing: what a call costs once everything is compiled."""
+
+from collections.abc import Callable
+import functools
+import time
+from typing import TypeVar
+
+import jax
+
+_T = TypeVar('_T')
+_COMPILE_EVENT = '/jax/core/compile/backend_compile_duration'
+_compilations = 0
+
+
+def _count(event: str, duration: float, **_: object) -> None:
+  global _compilations
+  del duration
+  _compilations += event == _COMPILE_EVENT
+
+
+@functools.cache
+def _listen() -> None:
+  jax.monitoring.register_event_duration_secs_listener(_count)
+
+
+def num_compilations() -> int:
+  """Programs compiled since the first call of this function."""
+  _listen()
+  return _compilations
+
+
+def warm(function: Callable[[], _T]) -> tuple[_T, float]:
+  """Calls a function; again if the call compiled something.
+
+  Args:
+    function: without side effects, returning host values.
+
+  Returns:
+    Its result, and the seconds of a call that compiled nothing.
+  """
+  while True:
+    before = num_compilations()
+    begun = time.perf_counter()
+    result = function()
+    seconds = time.perf_counter() - begun
+    if num_compilations() == before:
+      return result, seconds

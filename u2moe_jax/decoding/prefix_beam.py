@@ -1,0 +1,622 @@
+"""CTC prefix beam search: batched, fixed shapes, the same step in streaming.
+
+A beam is a prefix: what an alignment reads after repeats are merged and blanks
+dropped. For each prefix the search sums over its alignments, in two parts: those
+that end in blank and those that end in the prefix's last token (Graves 2012;
+Hannun et al., https://arxiv.org/abs/1408.2873). Beside the two sums go two
+Viterbi scores, whose alignments give the token times.
+
+Invariants:
+
+  1. The live beams hold different prefixes, best first. Two extensions of
+     different prefixes differ, so only one thing can coincide: the extension of
+     a beam by one token, and a live beam. Then the extension's mass goes to that
+     beam, and the extension is no candidate.
+  2. Beam i is the parent of beam j if the hash of i equals the hash that j keeps
+     of its prefix without the last token (64 bits in two uint32, and the lengths
+     must fit). A prefix that was dropped and found again is recognised, which
+     parent pointers cannot do. N * N pairs are compared at each frame: with 10
+     beams and 500 frames one false match in about 4e14 utterances.
+  3. Scores are kept relative to the best beam, which has 0; the sum of what was
+     taken off is compensated. So the resolution of a comparison does not depend
+     on the length of the utterance.
+  4. Nothing in the state grows with the number of frames.
+"""
+
+import dataclasses
+import functools
+from typing import Literal
+
+from flax import struct
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from u2moe_jax.array_types import Array
+from u2moe_jax.array_types import Bool
+from u2moe_jax.array_types import Float
+from u2moe_jax.array_types import Int
+from u2moe_jax.array_types import Shaped
+from u2moe_jax.array_types import typechecked
+from u2moe_jax.decoding import hypotheses
+
+Alignment = Literal['reference', 'best']
+
+_NEVER = -jnp.inf  # log 0
+# The two lanes of the prefix hash: a first value, and two odd multipliers.
+_HASH_SEEDS = (0x243F6A88, 0x85A308D3)
+_HASH_FACTORS = (0x9E3779B1, 0x85EBCA77)
+_HASH_FINISHERS = (0xC2B2AE3D, 0x27D4EB2F)
+# Rows a large vocabulary is folded into to find its best tokens quickly.
+_ROWS = 8
+
+
+@struct.dataclass
+class Beams:
+  """What one frame reads and writes. A dead slot has both sums at -inf.
+
+  Attributes:
+    blank: log probability of the prefix, alignments that end in blank; like all
+      scores here relative to the best beam.
+    nonblank: the same for alignments that end in the last token.
+    viterbi_blank: score of the best alignment that ends in blank.
+    viterbi_nonblank: score of the best one that ends in the last token.
+    last: last token, -1 for the empty prefix.
+    lengths: tokens in the prefix.
+    hashes: hash of the prefix, two lanes.
+    parent_hashes: hash of the prefix without its last token.
+    frames: frames seen so far.
+    offset: log probability of the best beam.
+    offset_error: what rounding has taken off `offset` (Kahan).
+    margin: smallest gap, over frames, between the worst beam kept and the best
+      candidate dropped; inf while nothing was dropped. (Which tokens of a frame
+      are tried at all is not in it.)
+  """
+
+  blank: Float[Array, 'B N']
+  nonblank: Float[Array, 'B N']
+  viterbi_blank: Float[Array, 'B N']
+  viterbi_nonblank: Float[Array, 'B N']
+  last: Int[Array, 'B N']
+  lengths: Int[Array, 'B N']
+  hashes: Shaped[Array, 'B N 2']
+  parent_hashes: Shaped[Array, 'B N 2']
+  frames: Int[Array, 'B']
+  offset: Float[Array, 'B']
+  offset_error: Float[Array, 'B']
+  margin: Float[Array, 'B']
+
+
+@struct.dataclass
+class BeamState:
+  """Everything the search knows; the same size whatever has been heard.
+
+  Attributes:
+    beams: the live beams, changed at every frame.
+    tokens: the prefix behind each beam, padded with -1, brought up to date at
+      the end of every `advance`. Twice: along the alignment that ends in blank
+      and along the one that ends in the last token. A beam that has only one of
+      the two has anything in the other's row.
+    times: the encoder frames that go with `tokens`.
+  """
+
+  beams: Beams
+  tokens: Int[Array, 'B N 2 U']
+  times: Int[Array, 'B N 2 U']
+
+
+@struct.dataclass
+class _Events:
+  """What one frame did, for the way back. Node 2 * n + k: beam n, ending k.
+
+  Attributes:
+    sources: the node each node came from.
+    last: last token of each beam.
+    lengths: length of each beam.
+    valid: whether the frame counts.
+  """
+
+  sources: Int[Array, '*T nodes']
+  last: Int[Array, '*T N']
+  lengths: Int[Array, '*T N']
+  valid: Bool[Array, '*T']
+
+
+@struct.dataclass
+class _Moves:
+  """The ways out of N beams with the K tokens of one frame.
+
+  Attributes:
+    stay_blank: `Beams.blank` of a beam that keeps its prefix.
+    stay_nonblank: `Beams.nonblank` of the same.
+    stay_viterbi_blank: `Beams.viterbi_blank` of the same.
+    stay_viterbi_nonblank: `Beams.viterbi_nonblank` of the same.
+    stay_sources: where its two Viterbi alignments come from.
+    extension: `Beams.nonblank` of beam n extended by token k.
+    extension_viterbi: `Beams.viterbi_nonblank` of the same.
+    extension_sources: where that Viterbi alignment comes from.
+  """
+
+  stay_blank: Float[Array, 'N']
+  stay_nonblank: Float[Array, 'N']
+  stay_viterbi_blank: Float[Array, 'N']
+  stay_viterbi_nonblank: Float[Array, 'N']
+  stay_sources: Int[Array, 'N 2']
+  extension: Float[Array, 'N K']
+  extension_viterbi: Float[Array, 'N K']
+  extension_sources: Int[Array, 'N K']
+
+
+def init_state(batch: int, *, beam: int, max_tokens: int) -> BeamState:
+  """Returns the state before the first frame: one beam, the empty prefix.
+
+  Args:
+    batch: number of utterances.
+    beam: hypotheses kept; also the tokens tried at each frame.
+    max_tokens: longest prefix. A beam that long is not extended any more.
+  """
+  # Types are given in full: a weak type would be another type to a caller's
+  # jit than that of the state after the first chunk.
+  full = lambda shape, value, dtype: jnp.full((batch, *shape), value, dtype)
+  first = jnp.where(jnp.arange(beam) == 0, 0.0, _NEVER).astype(jnp.float32)
+  scores = jnp.tile(first, (batch, 1))  # [B, N]
+  beams = Beams(
+    blank=scores,
+    nonblank=full((beam,), _NEVER, jnp.float32),
+    viterbi_blank=scores,
+    viterbi_nonblank=scores,
+    last=full((beam,), -1, jnp.int32),
+    lengths=full((beam,), 0, jnp.int32),
+    hashes=jnp.tile(jnp.array(_HASH_SEEDS, jnp.uint32), (batch, beam, 1)),
+    parent_hashes=full((beam, 2), 0, jnp.uint32),
+    frames=full((), 0, jnp.int32),
+    offset=full((), 0.0, jnp.float32),
+    offset_error=full((), 0.0, jnp.float32),
+    margin=full((), jnp.inf, jnp.float32),
+  )
+  empty = full((beam, 2, max_tokens), -1, jnp.int32)
+  return BeamState(beams=beams, tokens=empty, times=empty)
+
+
+@typechecked
+def step(
+  state: BeamState,
+  log_probs: Float[Array, 'B V'],
+  valid: Bool[Array, 'B'],
+  *,
+  blank_id: int,
+  alignment: Alignment = 'reference',
+) -> BeamState:
+  """Takes one frame; a row with `valid` False stays as it is."""
+  return advance(
+    state,
+    log_probs[:, None],
+    valid[:, None],
+    blank_id=blank_id,
+    alignment=alignment,
+  )  # [B, 1, V]
+
+
+@typechecked
+def advance(
+  state: BeamState,
+  log_probs: Float[Array, 'B T V'],
+  mask: Bool[Array, 'B T'],
+  *,
+  blank_id: int,
+  alignment: Alignment = 'reference',
+) -> BeamState:
+  """Takes some frames: a whole utterance, or the next chunk of a stream.
+
+  Cutting an utterance into chunks changes nothing. Each frame is pruned to its
+  `beam` best tokens, blank included; a blank outside of them is not expanded.
+
+  Args:
+    state: the state so far.
+    log_probs: CTC log-probs of the new frames.
+    mask: which of them count; the others change nothing.
+    blank_id: id of the blank.
+    alignment: whose times are kept: those of the best alignment, or those the
+      reference reports, which now and then belong to a slightly worse one.
+
+  Returns:
+    The state after the frames.
+  """
+  if log_probs.shape[1] == 0:
+    return state
+  beam = state.tokens.shape[1]
+  values, ids = _top_tokens(log_probs.astype(jnp.float32), beam)
+  run = lambda *row: _advance_row(*row, blank_id=blank_id, alignment=alignment)
+  return jax.vmap(run)(state, values, ids, mask)
+
+
+def grow(state: BeamState, max_tokens: int) -> BeamState:
+  """Makes room for longer prefixes; what is known stays.
+
+  Args:
+    state: the state so far.
+    max_tokens: the new longest prefix, at least the old one.
+  """
+  missing = max_tokens - state.tokens.shape[-1]
+  widths = ((0, 0),) * 3 + ((0, missing),)
+  pad = lambda history: jnp.pad(history, widths, constant_values=-1)
+  return dataclasses.replace(
+    state, tokens=pad(state.tokens), times=pad(state.times)
+  )
+
+
+@typechecked
+def finish(state: BeamState) -> hypotheses.Hypotheses:
+  """Reads the n-best list off a state, which can still go on.
+
+  Scores are log-probs of the prefixes, summed over their alignments. Times are
+  the last frame of each token's run in the best alignment. The margin includes
+  the gap between the first and the second hypothesis.
+  """
+  beams = state.beams
+  relative = jnp.logaddexp(beams.blank, beams.nonblank)
+  alive = relative > _NEVER
+  gap = jnp.where(alive[:, :1], relative[:, :1] - relative[:, 1:2], jnp.inf)
+  ends_in_blank = beams.viterbi_blank > beams.viterbi_nonblank
+  choose = lambda history: jnp.where(
+    alive[..., None],
+    jnp.where(ends_in_blank[..., None], history[:, :, 0], history[:, :, 1]),
+    -1,
+  )
+  return hypotheses.Hypotheses(
+    tokens=choose(state.tokens),
+    lengths=jnp.where(alive, beams.lengths, 0),
+    scores=relative + (beams.offset - beams.offset_error)[:, None],
+    times=choose(state.times),
+    margin=jnp.minimum(beams.margin, gap.min(axis=1, initial=jnp.inf)),
+  )
+
+
+@typechecked
+def ctc_prefix_beam_search(
+  log_probs: Float[Array, 'B T V'],
+  mask: Bool[Array, 'B T'],
+  *,
+  beam: int,
+  blank_id: int,
+  max_tokens: int | None = None,
+  alignment: Alignment = 'reference',
+) -> hypotheses.Hypotheses:
+  """Finds the most probable prefixes of whole utterances.
+
+  Args:
+    log_probs: CTC log-probs.
+    mask: which frames count.
+    beam: hypotheses kept; also the tokens tried at each frame. It may be larger
+      than the vocabulary.
+    blank_id: id of the blank.
+    max_tokens: longest result; None for no limit.
+    alignment: as in `advance`.
+
+  Returns:
+    Hypotheses with N = beam, as `finish` describes them.
+  """
+  batch, num_frames, _ = log_probs.shape
+  limit = num_frames if max_tokens is None else max_tokens
+  state = init_state(batch, beam=beam, max_tokens=limit)
+  return finish(
+    advance(state, log_probs, mask, blank_id=blank_id, alignment=alignment)
+  )
+
+
+def _top_tokens(
+  log_probs: Float[Array, 'B T V'], count: int
+) -> tuple[Float[Array, 'B T K'], Int[Array, 'B T K']]:
+  """The best tokens of each frame, descending, the lower id first in a tie.
+
+  A large vocabulary is cut into R strided columns of `_ROWS` tokens. The best
+  `count` tokens lie in the `count` columns with the largest maxima, so only
+  those are looked at closely. (Tokens that tie for the last place in different
+  columns: either may get it.)
+  """
+  vocabulary = log_probs.shape[-1]
+  count = min(count, vocabulary)
+  columns = vocabulary // _ROWS
+  if columns < 8 * count:
+    return lax.top_k(log_probs, count)
+  rows = [
+    log_probs[..., row * columns : (row + 1) * columns] for row in range(_ROWS)
+  ]
+  maxima = lax.optimization_barrier(functools.reduce(jnp.maximum, rows))
+  best = jnp.sort(lax.top_k(maxima, count)[1])  # [B, T, K], so ids ascend below
+  starts = columns * jnp.arange(_ROWS)[None, None, :, None]
+  inside = (starts + best[:, :, None]).reshape(*best.shape[:2], -1)
+  rest = jnp.arange(_ROWS * columns, vocabulary)  # what no column holds
+  rest = jnp.broadcast_to(rest[None, None], (*best.shape[:2], rest.size))
+  ids = jnp.concatenate([inside, rest], axis=-1)
+  values, places = lax.top_k(_take_last(log_probs, ids), count)
+  return values, _take_last(ids, places)
+
+
+def _take_last(
+  array: Shaped[Array, '*batch size'], places: Int[Array, '*batch count']
+) -> Shaped[Array, '*batch count']:
+  """Reads the last axis at given places, which must exist."""
+  return jnp.take_along_axis(array, places, axis=-1, mode='promise_in_bounds')
+
+
+def _advance_row(
+  state: BeamState,
+  values: Float[Array, 'T K'],
+  ids: Int[Array, 'T K'],
+  mask: Bool[Array, 'T'],
+  *,
+  blank_id: int,
+  alignment: Alignment,
+) -> BeamState:
+  """`advance` for one utterance and pruned frames."""
+  max_tokens = state.tokens.shape[-1]
+
+  def body(beams, frame):
+    return _step_row(
+      beams,
+      *frame,
+      blank_id=blank_id,
+      max_tokens=max_tokens,
+      alignment=alignment,
+    )
+
+  beams, events = lax.scan(body, state.beams, (values, ids, mask))
+  tokens, times = _trace(state, events)
+  return BeamState(beams=beams, tokens=tokens, times=times)
+
+
+def _step_row(
+  beams: Beams,
+  values: Float[Array, 'K'],
+  ids: Int[Array, 'K'],
+  valid: Bool[Array, ''],
+  *,
+  blank_id: int,
+  max_tokens: int,
+  alignment: Alignment,
+) -> tuple[Beams, _Events]:
+  """One frame of one utterance: expand, choose, keep if the frame counts."""
+  moves = _expand(
+    beams,
+    values,
+    ids,
+    blank_id=blank_id,
+    max_tokens=max_tokens,
+    alignment=alignment,
+  )
+  chosen, sources = _choose(beams, moves, ids)
+  kept = jax.tree.map(
+    lambda new, old: jnp.where(valid, new, old), chosen, beams
+  )
+  events = _Events(
+    sources=jnp.where(valid, sources, jnp.arange(sources.size)),
+    last=kept.last,
+    lengths=kept.lengths,
+    valid=valid,
+  )
+  return kept, events
+
+
+def _expand(
+  beams: Beams,
+  values: Float[Array, 'K'],
+  ids: Int[Array, 'K'],
+  *,
+  blank_id: int,
+  max_tokens: int,
+  alignment: Alignment,
+) -> _Moves:
+  """Scores all ways to go on, with what coincides merged."""
+  count = beams.last.size
+  total = jnp.logaddexp(beams.blank, beams.nonblank)
+  viterbi = jnp.maximum(beams.viterbi_blank, beams.viterbi_nonblank)
+  ends_in_blank = beams.viterbi_blank > beams.viterbi_nonblank
+  nodes = 2 * jnp.arange(count)
+  best_nodes = jnp.where(ends_in_blank, nodes, nodes + 1)
+
+  is_last = beams.last[:, None] == ids[None]  # [N, K]
+  is_blank = ids == blank_id  # [K]
+  blank_value = jnp.where(is_blank, values, _NEVER).max()
+  repeat_value = jnp.where(is_last, values[None], _NEVER).max(axis=1)  # [N]
+
+  # A token that repeats the last one extends only what ended in blank.
+  extension = values[None] + jnp.where(
+    is_last, beams.blank[:, None], total[:, None]
+  )
+  extension_viterbi = values[None] + jnp.where(
+    is_last, beams.viterbi_blank[:, None], viterbi[:, None]
+  )
+
+  # What a beam's parent, if it is a beam too, hands to it.
+  parent = _parents(beams)
+  has_parent = parent >= 0
+  of_parent = lambda field: field.at[parent].get(mode='clip')
+  repeats_parent = of_parent(beams.last) == beams.last
+  hand = lambda repeat, other: jnp.where(
+    repeats_parent, of_parent(repeat), of_parent(other)
+  )
+  handed = jnp.where(has_parent, hand(beams.blank, total), _NEVER)
+  handed_viterbi = jnp.where(
+    has_parent, hand(beams.viterbi_blank, viterbi), _NEVER
+  )
+
+  is_open = (~is_blank)[None] & (beams.lengths < max_tokens)[:, None]
+  is_open &= ~_is_merged(parent, is_last)
+  repeats = beams.viterbi_nonblank > handed_viterbi
+  if alignment == 'reference':
+    # It visits the beams in order. Once the parent has set the times, a repeat
+    # that is better still raises the score but leaves the times alone.
+    repeats &= (parent > jnp.arange(count)) | (handed_viterbi == _NEVER)
+  return _Moves(
+    stay_blank=total + blank_value,
+    stay_nonblank=jnp.logaddexp(beams.nonblank, handed) + repeat_value,
+    stay_viterbi_blank=viterbi + blank_value,
+    stay_viterbi_nonblank=jnp.maximum(beams.viterbi_nonblank, handed_viterbi)
+    + repeat_value,
+    stay_sources=jnp.stack(
+      [best_nodes, jnp.where(repeats, nodes + 1, hand(nodes, best_nodes))],
+      axis=1,
+    ),
+    extension=jnp.where(is_open, extension, _NEVER),
+    extension_viterbi=extension_viterbi,
+    extension_sources=jnp.where(is_last, nodes[:, None], best_nodes[:, None]),
+  )
+
+
+def _parents(beams: Beams) -> Int[Array, 'N']:
+  """For each beam the beam that is its prefix without the last token, or -1."""
+  count = beams.last.size
+  matches = beams.lengths[:, None] + 1 == beams.lengths[None]  # [parent, child]
+  alive = jnp.maximum(beams.blank, beams.nonblank) > _NEVER
+  matches &= alive[:, None] & alive[None]
+  for lane in range(2):
+    hashes, parents = beams.hashes[:, lane], beams.parent_hashes[:, lane]
+    matches &= hashes[:, None] == parents[None]
+  return jnp.where(matches, jnp.arange(count)[:, None], -1).max(axis=0)
+
+
+def _is_merged(
+  parent: Int[Array, 'N'], is_last: Bool[Array, 'N K']
+) -> Bool[Array, 'N K']:
+  """Marks the extensions [beam, token] that are themselves beams."""
+  count, num_tokens = is_last.shape
+  slot = jnp.argmax(is_last, axis=1)
+  found = (parent >= 0) & is_last.any(axis=1)
+  cells = jnp.where(found, parent * num_tokens + slot, count * num_tokens)
+  merged = (
+    jnp.zeros((count * num_tokens,), bool).at[cells].set(True, mode='drop')
+  )
+  return merged.reshape(count, num_tokens)
+
+
+def _choose(
+  beams: Beams, moves: _Moves, ids: Int[Array, 'K']
+) -> tuple[Beams, Int[Array, 'nodes']]:
+  """Keeps the best candidates, and says which node each new node came from.
+
+  In a tie staying goes before extending, then the better token, then the better
+  beam.
+  """
+  count = beams.last.size
+  staying = jnp.logaddexp(moves.stay_blank, moves.stay_nonblank)
+  candidates = jnp.concatenate([staying, moves.extension.T.reshape(-1)])
+  # Without the barrier XLA moves the slices below into the top-k, no longer
+  # recognises it on CPU, and sorts everything: six times the whole step.
+  scores, places = lax.optimization_barrier(lax.top_k(candidates, count + 1))
+  shift = jnp.where(scores[0] > _NEVER, scores[0], 0.0)
+  gap = jnp.where(scores[-1] > _NEVER, scores[-2] - scores[-1], jnp.inf)
+
+  chosen, sources = _gather(beams, moves, ids, scores[:-1], places[:-1])
+  viterbi_best = jnp.maximum(
+    chosen.viterbi_blank[0], chosen.viterbi_nonblank[0]
+  )
+  viterbi_shift = jnp.where(viterbi_best > _NEVER, viterbi_best, 0.0)
+  offset, offset_error = _add(beams.offset, beams.offset_error, shift)
+  chosen = dataclasses.replace(
+    chosen,
+    blank=chosen.blank - shift,
+    nonblank=chosen.nonblank - shift,
+    viterbi_blank=chosen.viterbi_blank - viterbi_shift,
+    viterbi_nonblank=chosen.viterbi_nonblank - viterbi_shift,
+    frames=beams.frames + 1,
+    offset=offset,
+    offset_error=offset_error,
+    margin=jnp.minimum(beams.margin, gap),
+  )
+  return chosen, sources
+
+
+def _gather(
+  beams: Beams,
+  moves: _Moves,
+  ids: Int[Array, 'K'],
+  scores: Float[Array, 'N'],
+  places: Int[Array, 'N'],
+) -> tuple[Beams, Int[Array, 'nodes']]:
+  """Makes the new beams from their places in `_choose`'s list of candidates."""
+  count = beams.last.size
+  stays = places < count
+  beam = places % count  # of the old beams
+  slot = jnp.maximum(places // count - 1, 0)  # of the frame's tokens
+  cell = beam * ids.size + slot
+  old = lambda field: field.at[beam].get(mode='promise_in_bounds')
+  new = lambda field: field.reshape(-1).at[cell].get(mode='promise_in_bounds')
+  last = jnp.where(
+    stays, old(beams.last), ids.at[slot].get(mode='promise_in_bounds')
+  )
+  hashes = old(beams.hashes)
+  extended = _extend_hash(hashes, last)
+  blank_sources, nonblank_sources = old(moves.stay_sources).T
+  nonblank_sources = jnp.where(
+    stays, nonblank_sources, new(moves.extension_sources)
+  )
+  chosen = dataclasses.replace(
+    beams,
+    blank=jnp.where(stays, old(moves.stay_blank), _NEVER),
+    nonblank=jnp.where(stays, old(moves.stay_nonblank), scores),
+    viterbi_blank=jnp.where(stays, old(moves.stay_viterbi_blank), _NEVER),
+    viterbi_nonblank=jnp.where(
+      stays, old(moves.stay_viterbi_nonblank), new(moves.extension_viterbi)
+    ),
+    last=last,
+    lengths=old(beams.lengths) + jnp.where(stays, 0, 1),
+    hashes=jnp.where(stays[:, None], hashes, extended),
+    parent_hashes=jnp.where(stays[:, None], old(beams.parent_hashes), hashes),
+  )
+  return chosen, jnp.stack([blank_sources, nonblank_sources], axis=1).reshape(
+    -1
+  )
+
+
+def _extend_hash(
+  hashes: Shaped[Array, 'N 2'], tokens: Int[Array, 'N']
+) -> Shaped[Array, 'N 2']:
+  """Hashes of the prefixes with one token more; each lane mixes by itself."""
+  factors = jnp.array([_HASH_FACTORS], jnp.uint32)
+  finishers = jnp.array([_HASH_FINISHERS], jnp.uint32)
+  mixed = (hashes + tokens[:, None].astype(jnp.uint32) + 1) * factors
+  mixed = (mixed ^ (mixed >> 15)) * finishers
+  return mixed ^ (mixed >> 13)
+
+
+def _add(
+  total: Float[Array, ''], error: Float[Array, ''], value: Float[Array, '']
+) -> tuple[Float[Array, ''], Float[Array, '']]:
+  """Adds with Kahan's compensation: thousands of terms, no loss of digits."""
+  corrected = value - error
+  new_total = total + corrected
+  return new_total, (new_total - total) - corrected
+
+
+def _trace(
+  state: BeamState, events: _Events
+) -> tuple[Int[Array, 'N 2 U'], Int[Array, 'N 2 U']]:
+  """Follows every node back to the start of the chunk, and writes its history.
+
+  A node that ends in its token writes that token and the frame at the place the
+  token has in the prefix. Later frames overwrite earlier ones, which makes the
+  time of a token the last frame of its run.
+  """
+  beam, _, max_tokens = state.tokens.shape
+
+  def back(nodes, sources):
+    return sources.at[nodes].get(mode='promise_in_bounds'), nodes
+
+  start, path = lax.scan(
+    back, jnp.arange(2 * beam), events.sources, reverse=True
+  )  # [nodes], [T, nodes]
+  read = lambda field: _take_last(field, path // 2)
+  writes = (path % 2 == 1) & events.valid[:, None]
+  place = read(events.lengths) - 1
+  place = jnp.where(writes & (place >= 0), place, max_tokens)  # dropped
+  frame = state.beams.frames + jnp.cumsum(events.valid) - 1  # [T]
+  frame = jnp.broadcast_to(frame[:, None], path.shape)
+  nodes = jnp.broadcast_to(jnp.arange(2 * beam)[None], path.shape)
+
+  def write(history, news):
+    rows = history.reshape(2 * beam, max_tokens).at[start].get()
+    rows = rows.at[nodes, place].max(news, mode='drop')
+    return rows.reshape(history.shape)
+
+  return write(state.tokens, read(events.last)), write(state.times, frame)
