@@ -93,9 +93,12 @@ class Corpus:
         len(labels),
         _min_ctc_frames(labels),
       )
+      skip = _unreadable(source, index)
       reason = plan.rejection(item, config, rate=rate, min_input=min_input)
-      if reason:
-        self.skipped.append(Skip(item.key, reason))
+      if skip is None and reason:
+        skip = Skip(item.key, reason)
+      if skip is not None:
+        self.skipped.append(skip)
         continue
       self.items.append(item)
       self._labels.append(labels)
@@ -152,6 +155,18 @@ class Corpus:
       speed=speed,
       rng=rng,
     )
+
+
+def _unreadable(source: sources.Source, index: int) -> Skip | None:
+  """Why an utterance has no duration: its sound cannot be opened."""
+  utterance = source.utterances[index]
+  if utterance.duration is not None:
+    return None
+  try:
+    source.load(index)
+  except audio.AudioError as error:
+    return Skip(utterance.key, error.reason, str(error))
+  return Skip(utterance.key, 'no_duration')
 
 
 def _min_ctc_frames(labels: Sequence[int]) -> int:

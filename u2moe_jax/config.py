@@ -348,6 +348,7 @@ class DataConfig:
     test: the same, for reporting.
     tokens: folder of the token table; empty means derive one from `train`.
     token_type: char, bpe or bytes, for a derived table.
+    num_tokens: size of a derived BPE table, special tokens included.
     cmvn: CMVN statistics file; empty means compute from `train`.
     features: the filterbank.
     augment: feature augmentation, training only.
@@ -365,6 +366,7 @@ class DataConfig:
   test: str = ''
   tokens: str = ''
   token_type: Literal['char', 'bpe', 'bytes'] = 'char'
+  num_tokens: int = 5000
   cmvn: str = ''
   features: FeatureConfig = dataclasses.field(default_factory=FeatureConfig)
   augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
@@ -385,6 +387,7 @@ class DataConfig:
       batch_frames=self.batch_frames,
       max_batch_size=self.max_batch_size,
       num_buckets=self.num_buckets,
+      num_tokens=self.num_tokens,
       max_seconds=self.max_seconds,
       max_tokens=self.max_tokens,
     )

@@ -27,27 +27,29 @@ def get_config():
         conv_kernel=8,
         num_experts=4,
         decoder_blocks=2,
-        dropout=0.1,
+        dropout=0.05,
       ),
       data=config_lib.DataConfig(
         features=config_lib.FeatureConfig(num_mel_bins=40),
         augment=config_lib.AugmentConfig(
-          num_time_masks=2,
-          max_time_mask=20,
-          num_freq_masks=2,
-          max_freq_mask=6,
-          num_substitutions=2,
-          max_substitution=15,
+          num_time_masks=1,
+          max_time_mask=12,
+          num_freq_masks=1,
+          max_freq_mask=5,
+          num_substitutions=1,
+          max_substitution=10,
         ),
-        batch_frames=6000,
+        token_type='bpe',
+        num_tokens=160,
+        batch_frames=4000,
         num_buckets=4,
         num_workers=1,
       ),
       optimizer=config_lib.OptimizerConfig(
-        learning_rate=2e-3, schedule='cosine', warmup_steps=200
+        learning_rate=2e-3, schedule='cosine', warmup_steps=150
       ),
       train=config_lib.TrainConfig(
-        num_steps=1500, save_every=150, average_best=5
+        num_steps=2000, save_every=200, average_best=5
       ),
     )
   )

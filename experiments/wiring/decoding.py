@@ -11,6 +11,7 @@ import pathlib
 import time
 from typing import Any
 
+from absl import logging
 import numpy as np
 import tqdm
 
@@ -216,6 +217,8 @@ def run(
     leave=False,
   )
   decoded = list(progress)
+  for key, reason in clock.failed[:10]:
+    logging.warning('left out: %s: %s', key, reason)
   if out is not None:
     _write(pathlib.Path(out), decoded, recognizer)
   return summarise(decoded, clock), decoded

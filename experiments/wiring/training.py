@@ -1,5 +1,6 @@
 """From a config to a trained model directory."""
 
+import collections
 from collections.abc import Mapping
 import dataclasses
 import json
@@ -127,27 +128,30 @@ def _corpus_maker(config, tokenizer):
 
 
 def _tokenizer(config, source, workdir) -> tokenizer_lib.Tokenizer:
-  """The configured table, the corpus's own, or one from the transcripts."""
+  """The run's table; made once, so that it never changes under a run."""
   folder = workdir / 'tokens'
   if not folder.is_dir():
-    given = config.data.tokens
-    beside = pathlib.Path(config.data.train) / 'tokens'
-    if given or beside.is_dir():
-      tokenizer = tokenizer_lib.load(given or beside)
-    elif config.data.token_type == 'bytes':
-      tokenizer = tokenizer_lib.ByteTokenizer()
-    elif config.data.token_type == 'bpe':
-      raise config_lib.ConfigError(
-        'data.token_type=bpe needs data.tokens, a folder with a BPE model'
-      )
-    else:
-      texts = (u.txt for u in source.utterances)
-      tokenizer = tokenizer_lib.build_char_tokenizer(texts)
+    tokenizer = _first_tokenizer(config.data, source)
     unfinished = workdir / 'tokens.unfinished'
     shutil.rmtree(unfinished, ignore_errors=True)
     tokenizer.save(unfinished)
     unfinished.rename(folder)
   return tokenizer_lib.load(folder)
+
+
+def _first_tokenizer(data, source) -> tokenizer_lib.Tokenizer:
+  """The configured table, the corpus's own, or one from the transcripts."""
+  texts = [utterance.txt for utterance in source.utterances]
+  beside = pathlib.Path(data.train) / 'tokens'
+  if data.tokens:
+    return tokenizer_lib.load(data.tokens)
+  if data.token_type == 'bytes':
+    return tokenizer_lib.ByteTokenizer()
+  if data.token_type == 'bpe':
+    return tokenizer_lib.train_bpe(texts, data.num_tokens, model_type='bpe')
+  if beside.is_dir():
+    return tokenizer_lib.load(beside)
+  return tokenizer_lib.build_char_tokenizer(texts)
 
 
 def _cmvn(config, source, workdir) -> cmvn_lib.CmvnStats:
@@ -249,7 +253,7 @@ def train(config: config_lib.Config, workdir: str | os.PathLike[str]) -> bool:
       print(f'{workdir}: training is done ({step} steps); nothing to do')
       store.close()
       return True
-    _announce(resources, trainer, mesh)
+    _announce(resources, mesh)
     done = trainer.run()
     write_model(resources, workdir, store, trainer.state)
   store.close()
@@ -367,7 +371,7 @@ def _make_evaluate(resources, model, shardings, mesh, batches, place):
   return run
 
 
-def _announce(resources, trainer, mesh) -> None:
+def _announce(resources, mesh) -> None:
   config = resources.config
   total, active = u2.count_params(config.model)
   shapes = dict(mesh.shape)
@@ -378,15 +382,36 @@ def _announce(resources, trainer, mesh) -> None:
     f'{config.train.num_steps} steps'
   )
   for corpus in (resources.train, resources.dev):
-    if corpus is not None and corpus.skipped:
-      first = corpus.skipped[0]
-      logging.warning(
-        '%d utterances left out, the first is %s: %s',
-        len(corpus.skipped),
-        first.key,
-        first.reason,
-      )
-  del trainer
+    if corpus is not None:
+      _tell_problems(corpus, resources.tokenizer)
+
+
+def _tell_problems(corpus, tokenizer) -> None:
+  """Says what is left out, and which characters the table has not."""
+  if corpus.skipped:
+    reasons = dict(collections.Counter(s.reason for s in corpus.skipped))
+    first = corpus.skipped[0]
+    logging.warning(
+      '%d utterances left out: %s; the first is %s %s',
+      len(corpus.skipped),
+      reasons,
+      first.key,
+      first.detail,
+    )
+  unknown: dict[str, str] = {}
+  for utterance in corpus.source.utterances:
+    for character in tokenizer.unknown_characters(utterance.txt):
+      unknown.setdefault(character, utterance.key)
+  if unknown:
+    character, key = next(iter(unknown.items()))
+    logging.warning(
+      '%d characters are not in the token table and become <unk>: %s; the '
+      'first, %r, stands in %s',
+      len(unknown),
+      ' '.join(sorted(unknown)[:20]),
+      character,
+      key,
+    )
 
 
 def write_model(resources, workdir, store, state) -> None:

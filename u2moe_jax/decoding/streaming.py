@@ -20,6 +20,7 @@ from u2moe_jax.array_types import Int
 from u2moe_jax.array_types import PyTree
 from u2moe_jax.decoding import hypotheses
 from u2moe_jax.decoding import prefix_beam
+from u2moe_jax.decoding import programs
 from u2moe_jax.decoding import recognizer as recognizer_lib
 from u2moe_jax.frontend import audio
 from u2moe_jax.frontend import fbank
@@ -85,7 +86,7 @@ def chunk_step(
   beams = prefix_beam.advance(
     state.beams, log_probs, encoded.mask, blank_id=model.config.blank_id
   )
-  margin = recognizer_lib.router_margin(encoded.moe, rows=features.shape[0])
+  margin = programs.router_margin(encoded.moe, rows=features.shape[0])
   state = StreamState(
     cache=cache, beams=beams, margin=jnp.minimum(state.margin, margin)
   )

@@ -291,8 +291,8 @@ def test_impossible_tokens_are_never_found():
 
 
 def test_long_utterances_keep_their_digits():
-  # 3,000 frames at about -7 each: float32 alone would be off by 0.5.
-  log_probs = _log_probs(8, scale=0.01, shape=(1, 3000, 1000))
+  # 3,000 frames; a plain float32 sum is off by 3e-3 here.
+  log_probs = _log_probs(8, scale=1.0, shape=(1, 3000, 1000))
   found = prefix_beam.finish(
     _advance(
       prefix_beam.init_state(1, beam=1, max_tokens=3000),
@@ -303,7 +303,7 @@ def test_long_utterances_keep_their_digits():
   )
   expected, _ = reference.search(log_probs[0], beam=1, blank_id=0)
   assert abs(expected[0][1]) > 1e4
-  np.testing.assert_allclose(found.scores[0, 0], expected[0][1], rtol=1e-6)
+  np.testing.assert_allclose(found.scores[0, 0], expected[0][1], atol=1e-3)
 
 
 def test_top_tokens_of_a_large_vocabulary_are_the_same():

@@ -133,7 +133,7 @@ def test_infeasible_and_empty_rows_give_zero_and_no_gradient():
 
 
 def test_nothing_at_all_is_not_a_number_problem():
-  for num_frames, size in ((0, 2), (3, 0), (3, 2)):
+  for num_frames, size in ((0, 2), (3, 0)):
     losses, gradient = jax.value_and_grad(
       lambda x, size=size: ctc.ctc_loss(
         x,

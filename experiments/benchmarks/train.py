@@ -1,0 +1,83 @@
+"""One training step on random batches."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.benchmarks import harness
+from u2moe_jax import config as config_lib
+from u2moe_jax.models import u2
+from u2moe_jax.sharding import mesh as mesh_lib
+from u2moe_jax.sharding import placement
+from u2moe_jax.sharding import rules
+from u2moe_jax.training import objective
+from u2moe_jax.training import optimizer as optimizer_lib
+from u2moe_jax.training import state as state_lib
+from u2moe_jax.training import step as step_lib
+
+_TOKENS_PER_SECOND = 4
+
+
+def random_batch(
+  config: config_lib.ModelConfig, *, batch: int, seconds: float
+) -> dict[str, np.ndarray]:
+  """Host arrays of `objective.Batch`, all rows full."""
+  rng = np.random.default_rng(0)
+  frames, labels = int(seconds * 100), int(seconds * _TOKENS_PER_SECOND)
+  shape = (batch, frames, config.feature_dim)
+  tokens = rng.integers(3, config.vocab_size, (batch, labels))
+  return {
+    'features': rng.normal(size=shape).astype(np.float32),
+    'feature_lengths': np.full((batch,), frames, np.int32),
+    'labels': tokens.astype(np.int32),
+    'label_lengths': np.full((batch,), labels, np.int32),
+    'weights': np.ones((batch,), np.float32),
+  }
+
+
+def run(options: harness.Options) -> Iterator[dict[str, Any]]:
+  """Step time: forward, backward, optimizer; state donated."""
+  for name, seconds, batch in options.cases():
+    config = harness.experiment(name)
+    walls = _measure(config, seconds, batch, options.repeats)
+    sound = seconds * batch / walls['wall_s']
+    yield {
+      'bench': 'train',
+      'config': name,
+      'dtype': config.model.dtype,
+      'batch': batch,
+      'audio_s': seconds,
+      **walls,
+      'audio_seconds_per_second': round(sound, 1),
+      **harness.model_size(config.model),
+    }
+
+
+def _measure(config, seconds, batch, repeats) -> dict[str, float]:
+  mesh = mesh_lib.make_mesh(config.mesh)
+  model = u2.U2MoeModel(config.model)
+  optimizer = optimizer_lib.make_optimizer(
+    config.optimizer, num_steps=config.train.num_steps
+  )
+  buffers = u2.init_buffers(config.model)
+  with jax.set_mesh(mesh):
+    shardings = state_lib.state_shardings(model, optimizer, buffers, mesh=mesh)
+    key = jax.random.key(0)
+    state = state_lib.init_state(
+      model, optimizer, buffers, key, shardings=shardings
+    )
+    train_step = step_lib.make_train_step(
+      model, optimizer, config, shardings=shardings, mesh=mesh
+    )
+    arrays = random_batch(config.model, batch=batch, seconds=seconds)
+    sharding = placement.batch_sharding(mesh, rules.STANDARD)
+    placed = objective.Batch(**placement.shard_batch(arrays, sharding))
+
+    def once():
+      nonlocal state
+      state, metrics = train_step(state, placed)
+      return state, metrics
+
+    return harness.measure(once, repeats)
