@@ -118,8 +118,8 @@ def make_buckets(
 ) -> list[Bucket]:
   """Chooses the static shapes from the lengths there are.
 
-  Boundaries are quantiles of the total length, so that every bucket holds
-  about as much audio.
+  Boundaries are those that pad the least; a bucket more is a shape more to
+  compile.
 
   Args:
     items: all utterances that may appear.
@@ -139,12 +139,7 @@ def make_buckets(
     ]
   )
   tokens = np.array([item.num_tokens for item in items for _ in speeds])
-  order = np.argsort(lengths, kind='stable')
-  total = np.cumsum(lengths[order])
-  shares = np.arange(1, config.num_buckets + 1) / config.num_buckets
-  cuts = np.searchsorted(total, shares * total[-1])
-  cuts = np.minimum(cuts, len(order) - 1)
-  bounds = sorted({int(lengths[order[cut]]) for cut in cuts})
+  bounds = _least_padding(lengths, config.num_buckets)
   buckets, low = [], -1
   for bound in bounds:
     inside = (lengths > low) & (lengths <= bound)
@@ -158,6 +153,39 @@ def make_buckets(
     )
     low = bound
   return _monotonic_tokens(buckets)
+
+
+# Candidates for boundaries: enough to pad little, few enough to try all.
+_MAX_CANDIDATES = 200
+
+
+def _least_padding(lengths: np.ndarray, num_buckets: int) -> list[int]:
+  """Boundaries that minimise the padded frames, by dynamic programming."""
+  candidates = np.unique(lengths)
+  if len(candidates) > _MAX_CANDIDATES:
+    shares = np.linspace(0, 1, _MAX_CANDIDATES)
+    # Spread over counts and over lengths: both crowds and tails matter.
+    by_count = np.quantile(lengths, shares, method='higher')
+    by_length = candidates[(shares * (len(candidates) - 1)).astype(int)]
+    candidates = np.unique(np.concatenate([by_count, by_length]).astype(int))
+  below = np.searchsorted(np.sort(lengths), candidates, side='right')
+  below = np.concatenate([[0], below])  # utterances up to each candidate
+  # cost[j]: least padded frames of all utterances up to candidate j.
+  cost = np.full(len(below), np.inf)
+  cost[0] = 0
+  choices = []
+  for _ in range(num_buckets):
+    # From boundary i to boundary j: all between are padded to candidate j.
+    step = (below[None, 1:] - below[:, None]) * candidates[None]
+    reach = np.where(step >= 0, cost[:, None] + step, np.inf)
+    choices.append(np.argmin(reach, axis=0))
+    cost = np.concatenate([[0], np.min(reach, axis=0)])
+  bounds, j = [], len(candidates)
+  for choice in reversed(choices):
+    if j:
+      bounds.append(int(candidates[j - 1]))
+      j = int(choice[j - 1])
+  return sorted(set(bounds))
 
 
 def _round_up(value: int, step: int) -> int:
@@ -219,13 +247,19 @@ def plan_epoch(
   drawn = [speeds[i] for i in rng.integers(len(speeds), size=len(items))]
   waiting: list[list[int]] = [[] for _ in buckets]
   batches = []
-  for index in rng.permutation(len(items)):
+  order = rng.permutation(len(items))
+  short_first = epoch < config.short_first_epochs
+  if short_first:
+    order = order[np.argsort([items[i].seconds for i in order], kind='stable')]
+  for index in order:
     b = _find_bucket(items[index], drawn[index], buckets, config)
     waiting[b].append(int(index))
     if len(waiting[b]) == buckets[b].batch_size:
       batches.append(_planned(buckets[b], waiting[b], drawn))
       waiting[b] = []
   batches += _flush(waiting, buckets, drawn)
+  if short_first:
+    return batches
   return [batches[i] for i in rng.permutation(len(batches))]
 
 

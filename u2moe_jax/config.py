@@ -358,6 +358,8 @@ class DataConfig:
     min_seconds: shorter utterances are left out, with a reason.
     max_seconds: longer utterances are left out, with a reason.
     max_tokens: utterances with more tokens are left out, with a reason.
+    short_first_epochs: epochs that go from short to long utterances, which
+      gets CTC past its all-blank start (Deep Speech 2, arXiv 1512.02595, 3.3).
     num_workers: threads that prepare batches ahead.
   """
 
@@ -376,6 +378,7 @@ class DataConfig:
   min_seconds: float = 0.1
   max_seconds: float = 30.0
   max_tokens: int = 400
+  short_first_epochs: int = 0
   num_workers: int = 2
 
   def __post_init__(self):

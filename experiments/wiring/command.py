@@ -2,10 +2,13 @@
 
 from collections.abc import Callable
 import sys
+from typing import Any
 
 from absl import app
 from absl import flags
 from absl import logging
+
+from u2moe_jax import config as config_lib
 
 OK = 0
 FAILED = 1  # a check said no
@@ -39,18 +42,31 @@ def guarded(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
 def parse_flags(argv: list[str]) -> list[str]:
   """Parses flags; a bad one ends the program with one line."""
   try:
-    return flags.FLAGS(argv)
-  except (
-    flags.Error,
-    KeyError,
-    AttributeError,
-    TypeError,
-    ValueError,
-  ) as error:
+    rest = flags.FLAGS(argv)
+    if 'config' in flags.FLAGS:
+      _ = flags.FLAGS.config  # a file that cannot be loaded shows only here
+    return rest
+  except (KeyError, AttributeError) as error:
+    sys.exit(_complain(_unknown_key(argv, error), BAD_INPUT))
+  except (flags.Error, OSError, TypeError, ValueError, SyntaxError) as error:
     message = error.args[0] if error.args else error
     sys.exit(_complain(message, BAD_INPUT))
-  except OSError as error:
-    sys.exit(_complain(error, BAD_INPUT))
+
+
+def _unknown_key(argv: list[str], error: Exception) -> str:
+  """Names the `--config.` flag whose key does not exist, and what does."""
+  known = config_lib.to_dict(config_lib.Config())
+  for arg in argv:
+    if not arg.startswith('--config.'):
+      continue
+    path = arg.removeprefix('--config.').split('=')[0]
+    node: Any = known
+    for name in path.split('.'):
+      if not isinstance(node, dict) or name not in node:
+        there = ', '.join(sorted(node)) if isinstance(node, dict) else 'no keys'
+        return f'unknown config key {path!r} ({arg}): there is no {name!r}; there is {there}'
+      node = node[name]
+  return f'{type(error).__name__}: {error}'
 
 
 def _complain(error: object, code: int) -> int:

@@ -86,12 +86,17 @@ def check_trainable(config: config_lib.Config) -> None:
 
 
 def prepare(config: config_lib.Config, workdir: pathlib.Path) -> Resources:
-  """Opens the data and derives token table, CMVN and resolved config."""
+  """Opens the data and derives token table, CMVN and resolved config.
+
+  Everything is checked before the first file is written.
+  """
   check_trainable(config)
-  workdir.mkdir(parents=True, exist_ok=True)
-  train_source = sources.open_source(config.data.train)
-  tokenizer = _tokenizer(config, train_source, workdir)
-  cmvn = _cmvn(config, train_source, workdir)
+  source = sources.open_source(config.data.train)
+  tokens = workdir / 'tokens'
+  if tokens.is_dir():
+    tokenizer = tokenizer_lib.load(tokens)
+  else:
+    tokenizer = _first_tokenizer(config.data, source)
   special = tokenizer.special
   config = dataclasses.replace(
     config,
@@ -104,12 +109,15 @@ def prepare(config: config_lib.Config, workdir: pathlib.Path) -> Resources:
       eos_id=special.eos,
     ),
   )
-  _record_config(config, workdir)
-  corpus = _corpus_maker(config, tokenizer)
+  make = _corpus_maker(config, tokenizer)
+  train = make(source)
   dev = None
   if config.data.dev:
-    dev = corpus(sources.open_source(config.data.dev, split='dev'))
-  return Resources(config, tokenizer, cmvn, corpus(train_source), dev)
+    dev = make(sources.open_source(config.data.dev, split='dev'))
+  _require_same_run(config, workdir)
+  cmvn = _cmvn(config, source, workdir)
+  _record(config, tokenizer, workdir)
+  return Resources(config, tokenizer, cmvn, train, dev)
 
 
 def _corpus_maker(config, tokenizer):
@@ -125,18 +133,6 @@ def _corpus_maker(config, tokenizer):
     )
 
   return make
-
-
-def _tokenizer(config, source, workdir) -> tokenizer_lib.Tokenizer:
-  """The run's table; made once, so that it never changes under a run."""
-  folder = workdir / 'tokens'
-  if not folder.is_dir():
-    tokenizer = _first_tokenizer(config.data, source)
-    unfinished = workdir / 'tokens.unfinished'
-    shutil.rmtree(unfinished, ignore_errors=True)
-    tokenizer.save(unfinished)
-    unfinished.rename(folder)
-  return tokenizer_lib.load(folder)
 
 
 def _first_tokenizer(data, source) -> tokenizer_lib.Tokenizer:
@@ -155,11 +151,14 @@ def _first_tokenizer(data, source) -> tokenizer_lib.Tokenizer:
 
 
 def _cmvn(config, source, workdir) -> cmvn_lib.CmvnStats:
-  """The configured statistics, the corpus's own, or computed from audio."""
+  """The run's statistics; computed once, for it takes a while."""
   file = workdir / 'global_cmvn.json'
-  if not file.is_file():
-    cmvn_lib.save(file, _first_cmvn(config, source))
-  return cmvn_lib.load(file)
+  if file.is_file():
+    return cmvn_lib.load(file)
+  stats = _first_cmvn(config, source)
+  workdir.mkdir(parents=True, exist_ok=True)
+  cmvn_lib.save(file, stats)
+  return stats
 
 
 def _first_cmvn(config, source) -> cmvn_lib.CmvnStats:
@@ -196,22 +195,36 @@ def compute_cmvn(
   return stats
 
 
-def _record_config(config: config_lib.Config, workdir: pathlib.Path) -> None:
-  """Writes config.json; a continued run must not change the experiment."""
+def _require_same_run(config: config_lib.Config, workdir: pathlib.Path) -> None:
+  """Refuses to continue a run as another experiment."""
   file = workdir / 'config.json'
-  tree = config_lib.to_dict(config)
-  if file.is_file():
-    old = json.loads(file.read_text(encoding='utf-8'))
-    changed = [
-      key for key in _differences(old, tree) if not key.startswith(_MAY_CHANGE)
-    ]
-    if changed:
-      raise config_lib.ConfigError(
-        f'{workdir} holds a run with another {changed[0]!r}; continue with '
-        'the same config or choose another --workdir'
-      )
+  if not file.is_file():
+    return
+  old = json.loads(file.read_text(encoding='utf-8'))
+  changed = [
+    key
+    for key in _differences(old, config_lib.to_dict(config))
+    if not key.startswith(_MAY_CHANGE)
+  ]
+  if changed:
+    raise config_lib.ConfigError(
+      f'{workdir} holds a run with another {changed[0]!r}; continue with the '
+      'same config or choose another --workdir'
+    )
+
+
+def _record(config, tokenizer, workdir: pathlib.Path) -> None:
+  """Writes the token table, once, and config.json."""
+  workdir.mkdir(parents=True, exist_ok=True)
+  if not (workdir / 'tokens').is_dir():
+    unfinished = workdir / 'tokens.unfinished'
+    shutil.rmtree(unfinished, ignore_errors=True)
+    tokenizer.save(unfinished)
+    unfinished.rename(workdir / 'tokens')
+  file = workdir / 'config.json'
   temporary = file.with_suffix('.json.tmp')
-  temporary.write_text(json.dumps(tree, indent=2) + '\n', encoding='utf-8')
+  text = json.dumps(config_lib.to_dict(config), indent=2)
+  temporary.write_text(text + '\n', encoding='utf-8')
   os.replace(temporary, file)
 
 

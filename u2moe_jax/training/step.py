@@ -55,7 +55,7 @@ def train_step(
     return result.loss, result
 
   gradients, result = jax.grad(loss_function, has_aux=True)(state.params)
-  norm = optax.global_norm(gradients)
+  norm = optax.tree.norm(gradients)
   updates, opt_state = optimizer.update(
     gradients, state.opt_state, state.params
   )
