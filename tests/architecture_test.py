@@ -32,7 +32,9 @@ def test_a_climbing_import_is_caught(tmp_path, monkeypatch, capsys):
   climber.write_text('from u2moe_jax import training\n')
   config = (ROOT / 'pyproject.toml').read_text()
   (tmp_path / 'pyproject.toml').write_text(config)
-  lint = 'from importlinter import cli; import sys; sys.exit(cli.lint_imports())'
+  lint = (
+    'from importlinter import cli; import sys; sys.exit(cli.lint_imports())'
+  )
   result = subprocess.run(
     [sys.executable, '-c', lint], cwd=tmp_path, capture_output=True, text=True
   )
@@ -42,7 +44,9 @@ def test_a_climbing_import_is_caught(tmp_path, monkeypatch, capsys):
 
 def test_importing_wakes_no_device():
   modules = sorted(
-    '.'.join(p.relative_to(ROOT).with_suffix('').parts).removesuffix('.__init__')
+    '.'.join(p.relative_to(ROOT).with_suffix('').parts).removesuffix(
+      '.__init__'
+    )
     for package in ('u2moe_jax', 'data_pipelines')
     for p in (ROOT / package).rglob('*.py')
   )
@@ -67,7 +71,5 @@ def test_importing_the_package_imports_nothing_else():
 @pytest.mark.parametrize('name', ['utils', 'common', 'misc'])
 def test_no_package_without_a_subject(name):
   pattern = re.compile(rf'(^|/){name}(\.py)?$')
-  found = [
-    p for p in ROOT.glob('[ude]*/**/*') if pattern.search(p.as_posix())
-  ]
+  found = [p for p in ROOT.glob('[ude]*/**/*') if pattern.search(p.as_posix())]
   assert not found

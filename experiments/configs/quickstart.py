@@ -19,20 +19,20 @@ from u2moe_jax import config as config_lib
 
 def _model() -> config_lib.ModelConfig:
   model = base.u2pp(
-    num_blocks=4,
-    model_dim=144,
+    num_blocks=6,
+    model_dim=96,
     num_heads=4,
-    ffn_dim=288,
+    ffn_dim=192,
     conv_kernel=8,
     num_experts=4,
-    decoder_blocks=2,
+    decoder_blocks=1,
     dropout=0.05,
   )
   # Attention and position dropout cost a tenth of a step on CPU and bring
   # nothing in a training this short.
   encoder = dataclasses.replace(
     model.encoder,
-    subsampling='conv2d',
+    subsampling='conv2d6',
     attention_dropout=0.0,
     positional_dropout=0.0,
   )
@@ -60,18 +60,20 @@ def get_config():
           num_substitutions=1,
           max_substitution=10,
         ),
+        token_type='bpe',
+        num_tokens=200,
         short_first_epochs=1,
         batch_frames=4000,
         num_buckets=4,
         num_workers=1,
       ),
       optimizer=config_lib.OptimizerConfig(
-        learning_rate=2e-3, schedule='cosine', warmup_steps=250
+        learning_rate=3e-3, schedule='cosine', warmup_steps=300
       ),
       train=config_lib.TrainConfig(
-        num_steps=2400,
+        num_steps=3600,
         ctc_weight=0.5,
-        save_every=200,
+        save_every=300,
         average_best=5,
       ),
     )

@@ -66,7 +66,11 @@ class _Port:
       self.arrays['feats'],
       self.arrays['feats_lengths'],
       self.buffers,
-      **{'chunk_size': jnp.asarray(-1), 'left_chunks': jnp.asarray(-1), **chunk},
+      **{
+        'chunk_size': jnp.asarray(-1),
+        'left_chunks': jnp.asarray(-1),
+        **chunk,
+      },
     )
 
   def batch(self) -> objective.Batch:
@@ -86,14 +90,18 @@ def _port(name: str) -> _Port:
   return _Port(name)
 
 
-@pytest.fixture(params=_CASES)
+_WHOLE = [name for name in _CASES if 'u2pp' in name]
+_CAUSAL = [name for name in _CASES if 'noncausal' not in name]
+_STREAMED = [name for name in _CAUSAL if 'rope' not in name]
+
+
+@pytest.fixture
 def port(request):
   return _port(request.param)
 
 
-def _require(port, name):
-  if not any(key.startswith(name) for key in port.arrays):
-    pytest.skip(f'this case has no {name}')
+def _cases(names):
+  return pytest.mark.parametrize('port', names, indirect=True)
 
 
 def _assert_real_frames(port, actual, expected, tolerance):
@@ -103,12 +111,13 @@ def _assert_real_frames(port, actual, expected, tolerance):
   )
 
 
+@_cases(_WHOLE)
 def test_number_of_parameters(port):
-  _require(port, 'dec_l2r_logprobs')
   total, _ = u2.count_params(port.config)
   assert total == port.case.num_params
 
 
+@_cases(_CASES)
 def test_encoder_with_full_context(port):
   output = port.full()
   np.testing.assert_array_equal(output.mask, port.arrays['encoder_mask'][:, 0])
@@ -138,18 +147,16 @@ def test_one_wrong_weight_is_noticed():
     )
 
 
+@_cases(_CAUSAL)
 @pytest.mark.parametrize('left', [-1, 2])
 def test_encoder_with_chunk_masks(port, left):
   name = f'encoder_out_chunk4_left{left}'
-  _require(port, name)
-  if not port.config.encoder.causal_conv:
-    pytest.skip('chunk masks of a non-causal model')
   output = port.full(chunk_size=4, left_chunks=left)
   _assert_real_frames(port, output.frames, port.arrays[name], _ENCODER)
 
 
+@_cases(_WHOLE)
 def test_ctc_log_probs(port):
-  _require(port, 'ctc_logprobs_full')
   frames = port.full().frames
   for penalty, suffix in ((0.0, ''), (2.0, '_blank_penalty2')):
     expected = port.arrays.get(f'ctc_logprobs_full{suffix}')
@@ -161,8 +168,8 @@ def test_ctc_log_probs(port):
     _assert_real_frames(port, actual, expected, _LOG_PROBS)
 
 
+@_cases(_STREAMED)
 def test_streaming_path_and_caches(port):
-  _require(port, 'stream_chunk4')
   geometry = subsampling.geometry(port.config.encoder.subsampling)
   window, stride = geometry.window(4), 4 * geometry.rate
   names = [name for name in port.arrays if name.startswith('stream_chunk4')]
@@ -183,7 +190,10 @@ def test_streaming_path_and_caches(port):
       piece = np.pad(piece, ((0, window - len(piece)), (0, 0)))
       count = min(4, total - start)
       output, cache = port.encode_chunk(
-        port.params, piece[None], np.array([count], np.int32), port.buffers,
+        port.params,
+        piece[None],
+        np.array([count], np.int32),
+        port.buffers,
         cache,
       )
       pieces.append(output.frames[:, :count])
@@ -205,8 +215,8 @@ def _assert_cache(port, cache, step):
   np.testing.assert_allclose(ours, expected, atol=_ENCODER)
 
 
+@_cases(_WHOLE)
 def test_decoders_and_losses(port):
-  _require(port, 'dec_l2r_logprobs')
   batch = port.batch()
 
   @jax.jit
@@ -234,16 +244,18 @@ def test_decoders_and_losses(port):
   assert float(actual['accuracy']) == pytest.approx(expected['th_accuracy'])
 
 
+@_cases(_WHOLE)
 def test_gradient_norms(port):
-  _require(port, 'dec_l2r_logprobs')
   batch = port.batch()
 
   @jax.jit
   def gradients(params):
     return jax.grad(
-      lambda params: objective.compute_objective(
-        port.model, params, port.buffers, batch, config_lib.TrainConfig()
-      ).loss
+      lambda params: (
+        objective.compute_objective(
+          port.model, params, port.buffers, batch, config_lib.TrainConfig()
+        ).loss
+      )
     )(params)
 
   ours = gradients(port.params)

@@ -45,9 +45,7 @@ def problem():
 
 
 def _plan(logits, mask, top_k=_KEPT):
-  return routing.route(
-    logits, mask, top_k=top_k, router_type='topk_softmax'
-  )
+  return routing.route(logits, mask, top_k=top_k, router_type='topk_softmax')
 
 
 @functools.lru_cache(maxsize=None)

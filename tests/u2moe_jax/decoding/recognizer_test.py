@@ -1,0 +1,200 @@
+"""The recogniser: same words alone, in any batch, and chunk by chunk."""
+
+import dataclasses
+
+from flax import linen as nn
+import jax
+import numpy as np
+import pytest
+
+from u2moe_jax import config as config_lib
+from u2moe_jax.checkpoint import directory
+from u2moe_jax.decoding import recognizer as recognizer_lib
+from u2moe_jax.decoding import streaming
+from u2moe_jax.frontend import audio
+from u2moe_jax.frontend import fbank
+from u2moe_jax.models import u2
+
+RATE = 16000
+
+
+def _model_config(**encoder):
+  moe = config_lib.MoeConfig(num_experts=4)
+  return config_lib.ModelConfig(
+    vocab_size=12,
+    feature_dim=20,
+    encoder=config_lib.EncoderConfig(
+      num_blocks=2,
+      model_dim=16,
+      num_heads=2,
+      ffn_dim=32,
+      conv_kernel=4,
+      moe=moe,
+      **encoder,
+    ),
+    decoder=config_lib.DecoderConfig(
+      num_blocks=1, num_reverse_blocks=1, num_heads=2, ffn_dim=32, moe=moe
+    ),
+  )
+
+
+def _recognizer(model_config, **decode):
+  model = u2.U2MoeModel(model_config)
+  params = nn.meta.unbox(u2.init_params(model, jax.random.key(1)))
+  # Random posteriors are flat, and frames without CMVN all alike; this gives
+  # words to compare.
+  params['ctc']['kernel'] = params['ctc']['kernel'] * 8
+  features = config_lib.FeatureConfig(num_mel_bins=20)
+  frames = fbank.fbank(_sounds([1.0])[0], features)
+  cmvn = {'mean': frames.mean(axis=0), 'istd': 2 / frames.std(axis=0)}
+  decode = {'beam': 4, 'batch_seconds': 4.0, **decode}
+  return recognizer_lib.Recognizer(
+    directory.Description(model_config, features),
+    params,
+    {'cmvn': cmvn},
+    config=config_lib.DecodeConfig(**decode),
+  )
+
+
+@pytest.fixture(scope='module')
+def recognizer():
+  return _recognizer(_model_config())
+
+
+def _sounds(lengths, seed=0):
+  rng = np.random.default_rng(seed)
+  return [
+    (0.3 * rng.normal(size=int(n * RATE)) * np.linspace(0, 1, int(n * RATE)))
+    .clip(-1, 1)
+    .astype(np.float32)
+    for n in lengths
+  ]
+
+
+def _with(recognizer, **changes):
+  return recognizer.with_config(
+    dataclasses.replace(recognizer.config, **changes)
+  )
+
+
+@pytest.mark.parametrize('mode', config_lib.DECODING_MODES)
+def test_batch_mates_and_order_change_nothing(recognizer, mode):
+  model = _with(recognizer, mode=mode)
+  sounds = _sounds([0.9, 0.5, 0.8, 0.6])
+  together = model.transcribe_batch(sounds)
+  backwards = model.transcribe_batch(sounds[::-1])[::-1]
+  alone = model.transcribe_batch(sounds[:1])[0]
+  assert [t.text for t in together] == [t.text for t in backwards]
+  assert alone.text == together[0].text
+  np.testing.assert_allclose(alone.score, together[0].score, atol=1e-4)
+  assert len({t.text for t in together}) > 1  # or nothing was compared
+
+
+@pytest.mark.parametrize('left_chunks', [-1, 2])
+def test_streaming_is_the_masked_pass(recognizer, left_chunks):
+  model = _with(recognizer, chunk_size=4, left_chunks=left_chunks)
+  sound = _sounds([1.13])[0]
+  masked = model.transcribe(sound, sample_rate=RATE)
+  stream = streaming.Stream(model)
+  partials = [stream.accept(piece) for piece in np.array_split(sound, 7)]
+  final = stream.finish()
+  assert final.text == masked.text
+  assert final.times == masked.times
+  np.testing.assert_allclose(final.score, masked.score, atol=1e-4)
+  assert sum(p.num_chunks for p in partials) >= 5
+  # Another chunk size is another model: the comparison can fail.
+  other = _with(recognizer, chunk_size=16, left_chunks=left_chunks)
+  assert other.transcribe(sound, sample_rate=RATE).score != masked.score
+
+
+def test_how_sound_is_cut_changes_nothing(recognizer):
+  model = _with(recognizer, chunk_size=4, left_chunks=2)
+  sound = _sounds([0.8])[0]
+
+  def run(pieces):
+    stream = streaming.Stream(model)
+    for piece in np.array_split(sound, pieces):
+      stream.accept(piece)
+    return stream.finish()
+
+  assert run(1) == run(11)
+
+
+def test_room_grows_without_changing_words(recognizer, monkeypatch):
+  model = _with(recognizer, chunk_size=4)
+  sound = _sounds([1.0])[0]
+
+  def run():
+    stream = streaming.Stream(model)
+    stream.accept(sound)
+    return stream.finish()
+
+  large = run()
+  monkeypatch.setattr(streaming, '_FIRST_ROOM', 8)
+  assert run().text == large.text
+
+
+def test_silence_shorter_than_a_window_is_empty(recognizer):
+  model = _with(recognizer, chunk_size=4, left_chunks=2)
+  stream = streaming.Stream(model)
+  stream.accept(np.zeros(200, np.float32))
+  assert stream.finish().text == ''
+  short = model.transcribe(np.zeros(200, np.float32), sample_rate=RATE)
+  assert short.text == ''
+
+
+def test_files_and_arrays_of_another_rate(recognizer, tmp_path):
+  import soundfile
+
+  sound = _sounds([0.5])[0]
+  soundfile.write(tmp_path / 'a.wav', sound, RATE, subtype='FLOAT')
+  from_file = recognizer.transcribe(tmp_path / 'a.wav')
+  assert from_file == recognizer.transcribe(sound, sample_rate=RATE)
+  recognizer.transcribe(sound[::2], sample_rate=8000)
+  with pytest.raises(audio.AudioError, match='sample_rate'):
+    recognizer.transcribe(sound)
+
+
+def test_requests_that_cannot_be_served_say_why(recognizer):
+  error = recognizer_lib.DecodeError
+  with pytest.raises(error, match='chunk'):
+    streaming.Stream(recognizer)
+  with pytest.raises(error, match='cannot stream'):
+    streaming.Stream(_with(recognizer, chunk_size=4, mode='attention'))
+  noncausal = _recognizer(_noncausal(), chunk_size=4)
+  with pytest.raises(error, match='non-causal'):
+    streaming.Stream(noncausal)
+  stream = streaming.Stream(_with(recognizer, chunk_size=4, left_chunks=2))
+  with pytest.raises(error, match='8000'):
+    stream.accept(np.zeros(10, np.float32), sample_rate=8000)
+  with pytest.raises(audio.AudioError, match='finite'):
+    stream.accept(np.full(10, np.nan, np.float32))
+  stream.finish()
+  with pytest.raises(error, match='finish'):
+    stream.accept(np.zeros(10, np.float32))
+
+
+def _noncausal():
+  config = _model_config()
+  encoder = dataclasses.replace(
+    config.encoder, causal_conv=False, conv_kernel=5
+  )
+  return dataclasses.replace(config, encoder=encoder)
+
+
+def test_a_mode_needs_its_decoder():
+  config = _model_config()
+  one_sided = dataclasses.replace(
+    config, decoder=dataclasses.replace(config.decoder, num_reverse_blocks=0)
+  )
+  with pytest.raises(recognizer_lib.DecodeError, match='reverse_weight'):
+    _recognizer(one_sided)
+  _recognizer(one_sided, reverse_weight=0.0)
+  ctc_only = dataclasses.replace(
+    config,
+    decoder=dataclasses.replace(
+      config.decoder, num_blocks=0, num_reverse_blocks=0
+    ),
+  )
+  with pytest.raises(recognizer_lib.DecodeError, match='attention decoder'):
+    _recognizer(ctc_only)

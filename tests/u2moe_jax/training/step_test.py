@@ -1,0 +1,242 @@
+"""One training step: pure, mesh-independent, safe against bad batches."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.reference import tiny
+from u2moe_jax import config as config_lib
+from u2moe_jax.models import u2
+from u2moe_jax.sharding import mesh as mesh_lib
+from u2moe_jax.sharding import placement
+from u2moe_jax.sharding import rules
+from u2moe_jax.training import optimizer as optimizer_lib
+from u2moe_jax.training import state as state_lib
+from u2moe_jax.training import step as step_lib
+
+# One decoder is enough, and compiles faster; 'tensor' must divide V.
+_MODEL = config_lib.replace(
+  config_lib.replace(
+    tiny.model_config(tiny.moe(executor='dense')),
+    'decoder.num_reverse_blocks',
+    0,
+  ),
+  'vocab_size',
+  12,
+)
+_CONFIG = config_lib.Config(
+  model=_MODEL,
+  # A large epsilon: Adam turns the rounding noise of gradients that are zero
+  # (the bias of a key is one) into whole steps.
+  optimizer=config_lib.OptimizerConfig(
+    warmup_steps=4, learning_rate=3e-3, eps=1e-4
+  ),
+  train=config_lib.TrainConfig(num_steps=50, balance_loss_weight=0.01),
+)
+_BATCH = tiny.batch(
+  (47, 39, 31, 23, 45, 33, 29, 0), (4, 3, 2, 1, 4, 3, 2, 0), seed=1
+)
+
+
+class _Run:
+  """A model placed on a mesh, with its compiled step."""
+
+  def __init__(self, config=_CONFIG, shape=(1, 1, 1, 1)):
+    sizes = dict(zip(('data', 'fsdp', 'expert', 'tensor'), shape, strict=True))
+    devices = jax.devices()[: int(np.prod(shape))]
+    self.mesh = mesh_lib.make_mesh(config_lib.MeshConfig(**sizes), devices)
+    self.model = u2.U2MoeModel(config.model)
+    self.optimizer = optimizer_lib.make_optimizer(
+      config.optimizer, num_steps=config.train.num_steps
+    )
+    self.buffers = u2.init_buffers(config.model)
+    with jax.set_mesh(self.mesh):
+      self.shardings = state_lib.state_shardings(
+        self.model, self.optimizer, self.buffers, mesh=self.mesh
+      )
+      self.step = step_lib.make_train_step(
+        self.model,
+        self.optimizer,
+        config,
+        shardings=self.shardings,
+        mesh=self.mesh,
+      )
+
+  def state(self):
+    """The same values on every mesh."""
+    _, params, _ = tiny.init(_MODEL)
+    state = state_lib.TrainState(
+      step=jnp.zeros((), jnp.int32),
+      params=params,
+      opt_state=self.optimizer.init(params),
+      buffers=self.buffers,
+    )
+    # A copy: the step donates its argument.
+    return jax.device_put(jax.tree.map(np.array, state), self.shardings)
+
+  def advance(self, state, *batches):
+    metrics = []
+    sharding = placement.batch_sharding(self.mesh, rules.STANDARD)
+    with jax.set_mesh(self.mesh):
+      for batch in batches:
+        state, result = self.step(state, placement.shard_batch(batch, sharding))
+        metrics.append(
+          {k: np.asarray(m.total) / m.count for k, m in result.items()}
+        )
+    return state, metrics
+
+
+@pytest.fixture(scope='module')
+def single():
+  return _Run()
+
+
+@pytest.fixture(scope='module')
+def two_steps(single):
+  state, metrics = single.advance(single.state(), _BATCH, _BATCH)
+  return jax.device_get(state), metrics
+
+
+def _assert_close(a, b, tolerance):
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, atol=tolerance), a, b
+  )
+
+
+@pytest.mark.parametrize('shape', [(8, 1, 1, 1), (2, 1, 4, 1), (1, 2, 2, 2)])
+def test_a_mesh_computes_what_one_device_computes(two_steps, shape):
+  run = _Run(shape=shape)
+  state, metrics = run.advance(run.state(), _BATCH, _BATCH)
+  expected, expected_metrics = two_steps
+  for ours, theirs in zip(metrics, expected_metrics, strict=True):
+    for name in ('loss', 'loss_ctc', 'loss_l2r'):
+      np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5)
+    for name in ('gradient_norm', 'balance_loss'):
+      np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4)
+  _assert_close(jax.device_get(state.params), expected.params, 2e-4)
+
+
+def test_two_steps_move_the_parameters_more_than_the_tolerance(
+  single, two_steps
+):
+  before = jax.device_get(single.state().params)
+  moved = jax.tree.map(
+    lambda a, b: np.abs(a - b).max(), before, two_steps[0].params
+  )
+  assert np.median(jax.tree.leaves(moved)) > 1e-3
+
+
+def test_the_state_is_born_sharded():
+  config = dataclasses.replace(
+    _CONFIG, model=tiny.model_config(tiny.moe(), decoders=0)
+  )
+  run = _Run(config, shape=(2, 1, 4, 1))
+  with jax.set_mesh(run.mesh):
+    state = state_lib.init_state(
+      run.model,
+      run.optimizer,
+      run.buffers,
+      jax.random.key(0),
+      shardings=run.shardings,
+    )
+  abstract = state_lib.abstract_state(
+    run.model, run.optimizer, run.buffers, shardings=run.shardings
+  )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_equal(
+      (a.shape, a.dtype, a.sharding), (b.shape, b.dtype, b.sharding)
+    ),
+    state,
+    abstract,
+  )
+
+  def check(path, leaf):
+    names = jax.tree_util.keystr(path)
+    shard = leaf.addressable_shards[0].data.shape
+    is_expert = "'ffn" in names and 'w_' in names and leaf.ndim == 4
+    expected = list(leaf.shape)
+    if is_expert or ("'ffn" in names and 'b_' in names):
+      expected[1] //= 4
+    assert list(shard) == expected, names
+    return is_expert
+
+  experts = jax.tree_util.tree_map_with_path(check, state)
+  # w_in and w_out of both feed-forward layers, each with two moments.
+  assert sum(jax.tree.leaves(experts)) == 2 * 2 * 3
+
+
+def test_a_nonfinite_batch_changes_nothing_and_is_counted(single, two_steps):
+  state, _ = single.advance(single.state(), _BATCH)
+  before = jax.device_get(state)
+  features = _BATCH.features.copy()
+  features[2, 5, 7] = np.inf
+  state, (metrics,) = single.advance(state, _BATCH.replace(features=features))
+  after = jax.device_get(state)
+  assert metrics['skipped'] == 1
+  assert after.step == 2
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    before.replace(step=0),
+    after.replace(step=0),
+  )
+  _, (metrics,) = single.advance(state, _BATCH)
+  assert metrics['skipped'] == 0
+  assert np.isfinite(metrics['loss'])
+  assert two_steps[1][0]['skipped'] == 0
+
+
+def test_an_empty_row_changes_neither_loss_nor_update(single):
+  """Row 7 is empty; whatever lies in it changes nothing."""
+  rng = np.random.default_rng(0)
+  features, labels = _BATCH.features.copy(), _BATCH.labels.copy()
+  features[7] = rng.normal(size=features[7].shape)
+  labels[7] = 3
+  noisy = _BATCH.replace(features=features, labels=labels)
+  state, (metrics,) = single.advance(single.state(), _BATCH)
+  other, (other_metrics,) = single.advance(single.state(), noisy)
+  _assert_close(metrics, other_metrics, 1e-5)
+  _assert_close(state.params, other.params, 1e-6)
+  weightless = _BATCH.replace(weights=np.eye(8, dtype=np.float32)[0])
+  _, (one,) = single.advance(single.state(), weightless)
+  assert abs(one['loss'] - metrics['loss']) > 1e-2
+
+
+def test_an_all_empty_batch_is_harmless(single):
+  empty = _BATCH.replace(
+    weights=np.zeros(8, np.float32),
+    feature_lengths=np.zeros(8, np.int32),
+    label_lengths=np.zeros(8, np.int32),
+  )
+  state, (metrics,) = single.advance(single.state(), empty)
+  assert metrics['loss_ctc'] == 0
+  assert metrics['skipped'] == 0
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
+
+
+def test_the_loss_falls_and_nothing_compiles_again(single):
+  state = single.state()
+  state, first = single.advance(state, _BATCH)
+  compiled = single.step._cache_size()
+  state, last = single.advance(state, *[_BATCH] * 25)
+  assert single.step._cache_size() == compiled
+  assert last[-1]['loss'] < 0.7 * first[0]['loss']
+  assert int(state.step) == 26
+
+
+def test_reported_rate_is_the_schedule(two_steps):
+  rates = [metrics['learning_rate'] for metrics in two_steps[1]]
+  np.testing.assert_allclose(rates, [3e-3 / 4, 3e-3 / 2], rtol=1e-6)
+
+
+def test_chunk_sizes_are_drawn_by_step(single):
+  _, metrics = single.advance(single.state(), *[_BATCH] * 12)
+  sizes = {int(each['chunk_size']) for each in metrics}
+  assert -1 in sizes
+  assert len(sizes) > 2
+  _, again = single.advance(single.state(), *[_BATCH] * 3)
+  assert [m['chunk_size'] for m in again] == [
+    m['chunk_size'] for m in metrics[:3]
+  ]
