@@ -1,6 +1,7 @@
 """The MoE layer by executor, against one dense expert."""
 
 from collections.abc import Iterator
+import functools
 from typing import Any
 
 import jax
@@ -42,7 +43,9 @@ def run(options: harness.Options) -> Iterator[dict[str, Any]]:
   for num_tokens in _TOKENS:
     x = jax.random.normal(jax.random.key(2), (num_tokens, _WIDTH))
     one = _weights(1)
-    base = harness.measure(lambda x=x, w=one: one_expert(x, w), options.repeats)
+    base = harness.measure(
+      functools.partial(one_expert, x, one), options.repeats
+    )
     for executor in _EXECUTORS:
 
       @jax.jit
@@ -53,7 +56,7 @@ def run(options: harness.Options) -> Iterator[dict[str, Any]]:
 
       routed = plan(num_tokens)
       walls = harness.measure(
-        lambda x=x, f=forward, p=routed: f(x, weights, p), options.repeats
+        functools.partial(forward, x, weights, routed), options.repeats
       )
       yield {
         'bench': 'moe',

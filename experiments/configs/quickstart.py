@@ -32,7 +32,7 @@ def _model() -> config_lib.ModelConfig:
   # nothing in a training this short.
   encoder = dataclasses.replace(
     model.encoder,
-    subsampling='conv2d6',
+    subsampling='conv2d',
     attention_dropout=0.0,
     positional_dropout=0.0,
   )
@@ -60,18 +60,16 @@ def get_config():
           num_substitutions=1,
           max_substitution=10,
         ),
-        token_type='bpe',
-        num_tokens=200,
         short_first_epochs=1,
         batch_frames=4000,
         num_buckets=4,
         num_workers=1,
       ),
       optimizer=config_lib.OptimizerConfig(
-        learning_rate=3e-3, schedule='cosine', warmup_steps=300
+        learning_rate=3e-3, schedule='cosine', warmup_steps=250
       ),
       train=config_lib.TrainConfig(
-        num_steps=3600,
+        num_steps=2700,
         ctc_weight=0.5,
         save_every=300,
         average_best=5,

@@ -73,9 +73,9 @@ def test_buckets_hold_the_perturbed_lengths(items, buckets):
 def test_buckets_for_speed_one_would_be_too_short(items):
   """The negative control of the law above."""
   plain = plan.make_buckets(items, _CONFIG, speeds=(1.0,))
+  plan_epochs = lambda: [_epoch(items, plain, epoch=n) for n in range(5)]
   with pytest.raises(ValueError, match='fits no bucket'):
-    for epoch in range(5):
-      _epoch(items, plain, epoch=epoch)
+    plan_epochs()
 
 
 def test_speeds_are_drawn_evenly(items, buckets):

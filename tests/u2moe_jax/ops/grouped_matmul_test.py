@@ -48,7 +48,7 @@ def _plan(logits, mask, top_k=_KEPT):
   return routing.route(logits, mask, top_k=top_k, router_type='topk_softmax')
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _value_and_gradients(name, top_k=_KEPT):
   options = {'dense': {'executor': 'dense'}, **_EXECUTORS}[name]
 
@@ -121,7 +121,7 @@ def test_a_swapped_expert_is_noticed(problem):
 
 @pytest.mark.parametrize('name', ['dense', *_EXECUTORS])
 def test_padding_and_idle_expert_have_no_part(problem, name):
-  x, logits, mask, _ = problem
+  _x, _logits, mask, _ = problem
   output, (d_x, d_logits, d_weights) = _run(name, problem)
   padded = ~np.asarray(mask)
   for array in (output, d_x, d_logits):

@@ -1,0 +1,138 @@
+"""Training from a config to a model directory, on tones."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from data_pipelines import synthetic
+from experiments.configs import tiny
+from experiments.wiring import training
+from u2moe_jax import config as config_lib
+from u2moe_jax.checkpoint import directory
+
+_CHANGES = {
+  'data.num_workers': 1,
+  'data.batch_frames': 2000,
+  'data.max_batch_size': 8,
+  'mesh.data': 1,
+  'model.decoder.num_reverse_blocks': 0,
+  'model.encoder.num_blocks': 1,
+}
+
+
+def _config(folder, **changes):
+  config = config_lib.from_dict(
+    config_lib.Config, tiny.get_config().to_dict()
+  )
+  manifest = str(folder / 'manifest.jsonl')
+  data = {'data.train': manifest, 'data.dev': manifest}
+  for path, value in (data | _CHANGES | changes).items():
+    config = config_lib.replace(config, path, value)
+  return config
+
+
+def _steps(workdir, kind):
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  records = [json.loads(line) for line in lines]
+  return [r['step'] for r in records if r['kind'] == kind]
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  path = tmp_path_factory.mktemp('tones')
+  synthetic.write_corpus(path, num_utterances=16, seed=1)
+  return path
+
+
+@pytest.fixture(scope='module', autouse=True)
+def one_device():
+  """A mesh of one device, whatever the session has."""
+  devices = jax.devices
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(jax, 'devices', lambda *args: devices(*args)[:1])
+    yield
+
+
+@pytest.fixture(scope='module')
+def workdir(folder, tmp_path_factory):
+  """Trained for 4 steps, then continued to 6."""
+  path = tmp_path_factory.mktemp('run') / 'work'
+  assert training.train(_config(folder), path) is True
+  assert _steps(path, 'train') == [1, 2, 4]
+  assert _steps(path, 'dev') == [2, 4]
+  first = directory.find(path).description.provenance['averaged_steps']
+  assert sorted(first) == [2, 4]
+  more = _config(folder, **{'train.num_steps': 6})
+  assert training.train(more, path) is True
+  return path
+
+
+def test_a_run_continues_where_it_stopped(workdir):
+  assert _steps(workdir, 'train') == [1, 2, 4, 6]
+  assert _steps(workdir, 'dev') == [2, 4, 6]
+
+
+def test_the_model_is_the_mean_of_the_averaged_steps(workdir):
+  found = directory.find(workdir)
+  steps = found.description.provenance['averaged_steps']
+  assert len(steps) == 2
+  params, buffers = directory.restore(found)
+  each = [
+    directory.restore(directory.find(workdir / 'checkpoints' / str(step)))[0]
+    for step in steps
+  ]
+  jax.tree.map(
+    lambda mean, *parts: np.testing.assert_allclose(
+      mean, np.mean(parts, axis=0), atol=1e-6
+    ),
+    params,
+    *each,
+  )
+  assert np.abs(buffers['cmvn']['mean']).min() > 0
+  assert (found.tokens / 'units.txt').is_file()
+  assert found.description.model.vocab_size > 8
+  assert found.description.features.num_mel_bins == 20
+
+
+def test_a_finished_run_says_so_and_does_nothing(workdir, folder, capsys):
+  before = (workdir / 'metrics.jsonl').read_bytes()
+  config = _config(folder, **{'train.num_steps': 6})
+  assert training.train(config, workdir) is True
+  assert 'training is done (6 steps)' in capsys.readouterr().out
+  assert (workdir / 'metrics.jsonl').read_bytes() == before
+
+
+@pytest.mark.parametrize(
+  ('key', 'value'),
+  [
+    ('optimizer.learning_rate', 0.5),
+    ('model.encoder.num_blocks', 3),
+    ('data.batch_frames', 3000),
+    ('train.seed', 3),
+  ],
+)
+def test_another_experiment_is_refused_by_key(workdir, folder, key, value):
+  before = (workdir / 'config.json').read_bytes()
+  with pytest.raises(config_lib.ConfigError, match=f"another '{key}'"):
+    training.train(_config(folder, **{key: value}), workdir)
+  assert (workdir / 'config.json').read_bytes() == before
+
+
+@pytest.mark.parametrize('part', ['encoder', 'decoder'])
+def test_a_router_that_cannot_learn_is_refused(folder, tmp_path, part):
+  config = _config(folder, **{f'model.{part}.moe.top_k': 1})
+  with pytest.raises(config_lib.ConfigError, match=f'model.{part}.moe.*top_k'):
+    training.train(config, tmp_path / 'work')
+  assert not (tmp_path / 'work').exists()
+  trainable = config_lib.replace(
+    config, f'model.{part}.moe.router_type', 'softmax_topk'
+  )
+  training.check_trainable(trainable)
+
+
+def test_no_data_is_refused(tmp_path):
+  config = config_lib.Config()
+  with pytest.raises(config_lib.ConfigError, match=r'data\.train is empty'):
+    training.train(config, tmp_path / 'work')
