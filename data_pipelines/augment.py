@@ -58,6 +58,6 @@ def _span(
   rng: np.random.Generator, size: int, max_width: int
 ) -> tuple[int, int]:
   """A start within `size` and an end at most `max_width` behind it."""
-  start = int(rng.integers(0, size))
+  start = int(rng.integers(0, max(size, 1)))
   width = int(rng.integers(1, max(max_width, 1) + 1))
   return start, min(size, start + width)

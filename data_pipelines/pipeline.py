@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import dataclasses
 import functools
 import itertools
+import threading
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,7 @@ class Corpus:
     """
     self.config = config
     self.source = source
+    self._min_input = min_input
     self.items: list[plan.Item] = []
     self.skipped: list[Skip] = []
     self._labels: list[tuple[int, ...]] = []
@@ -134,6 +136,7 @@ class Corpus:
         row = self._row(index, speed, make_rng(key))
         for step in steps:
           row = step(row)
+        self._require_frames(row)
         rows.append(row)
         seconds += self.items[index].seconds / speed
       except audio.AudioError as error:
@@ -146,6 +149,16 @@ class Corpus:
       seconds=seconds,
       skipped=tuple(skipped),
     )
+
+  def _require_frames(self, row: transforms.Row) -> None:
+    """Refuses sound that is shorter than its manifest says."""
+    num_frames = 0 if row.frames is None else len(row.frames)
+    if num_frames < self._min_input:
+      raise audio.AudioError(
+        'too_short',
+        f'{row.key}: {num_frames} frames, the encoder needs '
+        f'{self._min_input}; the sound is shorter than its manifest says',
+      )
 
   def _row(self, index, speed, rng) -> transforms.Row:
     return transforms.Row(
@@ -204,6 +217,7 @@ class TrainBatches:
       transforms.Fbank(config.features, dither=True),
       transforms.Augment(config.augment),
     )
+    self._lock = threading.Lock()
     self._starts = [0]  # number of each epoch's first batch
     self._epoch_plan = functools.lru_cache(maxsize=2)(self._plan)
 
@@ -218,9 +232,10 @@ class TrainBatches:
 
   def locate(self, number: int) -> tuple[int, plan.PlannedBatch]:
     """The epoch of a batch, and its plan."""
-    while self._starts[-1] <= number:
-      epoch = len(self._starts) - 1
-      self._starts.append(self._starts[-1] + len(self._epoch_plan(epoch)))
+    with self._lock:  # worker threads ask at the same time
+      while self._starts[-1] <= number:
+        epoch = len(self._starts) - 1
+        self._starts.append(self._starts[-1] + len(self._epoch_plan(epoch)))
     epoch = int(np.searchsorted(self._starts, number, side='right')) - 1
     return epoch, self._epoch_plan(epoch)[number - self._starts[epoch]]
 

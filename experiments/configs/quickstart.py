@@ -11,38 +11,22 @@ Expected: WER on the built-in test split (synthetic speech), rescoring: see
   docs/results.md.
 """
 
-import dataclasses
-
 from experiments.configs import base
 from u2moe_jax import config as config_lib
 
 
 def _model() -> config_lib.ModelConfig:
-  model = base.u2pp(
-    num_blocks=6,
-    model_dim=96,
+  # No dropout: in a training this short, dev and train loss are equal.
+  return base.u2pp(
+    num_blocks=4,
+    model_dim=144,
     num_heads=4,
-    ffn_dim=192,
+    ffn_dim=288,
     conv_kernel=8,
     num_experts=4,
-    decoder_blocks=1,
-    dropout=0.05,
+    decoder_blocks=2,
+    dropout=0.0,
   )
-  # Attention and position dropout cost a tenth of a step on CPU and bring
-  # nothing in a training this short.
-  encoder = dataclasses.replace(
-    model.encoder,
-    subsampling='conv2d',
-    attention_dropout=0.0,
-    positional_dropout=0.0,
-  )
-  decoder = dataclasses.replace(
-    model.decoder,
-    self_attention_dropout=0.0,
-    cross_attention_dropout=0.0,
-    positional_dropout=0.0,
-  )
-  return dataclasses.replace(model, encoder=encoder, decoder=decoder)
 
 
 def get_config():
@@ -53,12 +37,13 @@ def get_config():
       data=config_lib.DataConfig(
         features=config_lib.FeatureConfig(num_mel_bins=40),
         augment=config_lib.AugmentConfig(
+          speeds=(0.95, 1.0, 1.05),
           num_time_masks=1,
-          max_time_mask=12,
+          max_time_mask=10,
           num_freq_masks=1,
-          max_freq_mask=5,
+          max_freq_mask=4,
           num_substitutions=1,
-          max_substitution=10,
+          max_substitution=8,
         ),
         short_first_epochs=1,
         batch_frames=4000,
@@ -66,13 +51,13 @@ def get_config():
         num_workers=1,
       ),
       optimizer=config_lib.OptimizerConfig(
-        learning_rate=3e-3, schedule='cosine', warmup_steps=250
+        learning_rate=2e-3, schedule='cosine', warmup_steps=250
       ),
       train=config_lib.TrainConfig(
-        num_steps=2700,
+        num_steps=2400,
         ctc_weight=0.5,
-        save_every=300,
-        average_best=5,
+        save_every=200,
+        average_best=3,
       ),
     )
   )

@@ -45,6 +45,8 @@ def model_config(
   if kind not in ('transformer', 'bitransformer'):
     raise WenetError(f'decoder {kind!r} is not supported')
   encoder, decoder = yaml['encoder_conf'], yaml.get('decoder_conf', {})
+  _require_known_architecture('encoder_conf', encoder)
+  _require_known_architecture('decoder_conf', decoder)
   bidirectional = kind == 'bitransformer'
   return config_lib.ModelConfig(
     vocab_size=yaml['output_dim'],
@@ -66,6 +68,30 @@ def model_config(
       moe=_moe_config(decoder),
     ),
   )
+
+
+# What our blocks always have; anything else would load and compute nonsense.
+_REQUIRED_CHOICES = {
+  'normalize_before': True,
+  'use_cnn_module': True,
+  'final_norm': True,
+  'use_output_layer': True,
+  'tie_word_embedding': False,
+  'query_bias': True,
+  'key_bias': True,
+  'value_bias': True,
+  'mlp_bias': True,
+  'conv_bias': True,
+  'layer_norm_type': 'layer_norm',
+}
+
+
+def _require_known_architecture(group: str, conf: Mapping[str, Any]) -> None:
+  for key, value in _REQUIRED_CHOICES.items():
+    if conf.get(key, value) != value:
+      raise WenetError(
+        f'{group}.{key}={conf[key]!r} is not supported; only {value!r} is'
+      )
 
 
 def _encoder_config(conf: Mapping[str, Any]) -> config_lib.EncoderConfig:
@@ -150,9 +176,9 @@ class _Reader:
   def has(self, name: str) -> bool:
     return name in self._state
 
-  def linear(self, name: str) -> dict[str, np.ndarray]:
+  def linear(self, name: str, *, bias: bool = True) -> dict[str, np.ndarray]:
     result = {'kernel': self.raw(f'{name}.weight').T}
-    if self.has(f'{name}.bias'):
+    if bias:
       result['bias'] = self.raw(f'{name}.bias')
     return result
 
@@ -226,7 +252,12 @@ def _block(reader, name, config):
     convolution['norm'] = reader.norm(f'{conv}.norm')
   else:
     convolution['norm'] = {'scale': reader.raw(f'{conv}.norm.weight')}
-  attention = _attention(reader, f'{name}.self_attn', config.num_heads)
+  attention = _attention(
+    reader,
+    f'{name}.self_attn',
+    config.num_heads,
+    key_position=config.position == 'rel_pos',
+  )
   result = {
     'attention': attention,
     'convolution': convolution,
@@ -244,9 +275,9 @@ def _block(reader, name, config):
   return result
 
 
-def _attention(reader, name, num_heads):
-  def project(key):  # (D, D) to (D, H, K)
-    split = reader.linear(f'{name}.linear_{key}')
+def _attention(reader, name, num_heads, *, key_position=False):
+  def project(key, bias=True):  # (D, D) to (D, H, K)
+    split = reader.linear(f'{name}.linear_{key}', bias=bias)
     width = split['kernel'].shape[0]
     return {
       part: array.reshape(*([width] if part == 'kernel' else []), num_heads, -1)
@@ -262,8 +293,8 @@ def _attention(reader, name, num_heads):
     'value': project('v'),
     'output': output,
   }
-  if reader.has(f'{name}.linear_pos.weight'):
-    result['position'] = project('pos')
+  if key_position:
+    result['position'] = project('pos', bias=False)
     result['content_bias'] = reader.raw(f'{name}.pos_bias_u')
     result['position_bias'] = reader.raw(f'{name}.pos_bias_v')
   return result

@@ -75,6 +75,8 @@ def expert_feed_forward(
   Returns:
     Outputs (zero for padded tokens) in x's dtype.
   """
+  # Parameters may be NumPy arrays, which a traced index cannot index.
+  weights = jax.tree.map(jnp.asarray, weights)
   if executor == 'auto':
     executor = 'blocked' if jax.default_backend() == 'cpu' else 'capacity'
   if executor == 'capacity':

@@ -115,10 +115,19 @@ class Trainer:
     """
     config = self.config.train
     step = int(self.state.step)
-    saved = step
     reporter = reporter_lib.Reporter(
       self.workdir, start=step, total=config.num_steps
     )
+    try:
+      step = self._run_steps(step, reporter)
+    finally:
+      reporter.close()
+    return step >= config.num_steps
+
+  def _run_steps(self, step: int, reporter: reporter_lib.Reporter) -> int:
+    """Runs until done or stopped, and saves; returns the steps done."""
+    config = self.config.train
+    saved = step
     batches = self.batches(step)
     window = _Window()
     with StopRequest() as stop:
@@ -136,8 +145,7 @@ class Trainer:
     if saved != step:
       self._save(step, reporter, evaluate=False)
     self.store.wait()
-    reporter.close()
-    return step >= config.num_steps
+    return step
 
   def _advance(self, batches: Iterator[HostBatch], window: _Window) -> None:
     """Dispatches one step; nothing is fetched, so the next can overlap."""

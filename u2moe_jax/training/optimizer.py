@@ -49,7 +49,7 @@ def decay_mask(params: PyTree) -> PyTree:
 
   def decays(path, _):
     names = [str(getattr(entry, 'key', '')) for entry in path]
-    return any(name.startswith(_DECAYED) for name in names[-2:])
+    return bool(names) and names[-1].startswith(_DECAYED)
 
   return jax.tree_util.tree_map_with_path(decays, params)
 

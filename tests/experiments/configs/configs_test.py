@@ -30,9 +30,10 @@ def test_it_resolves_and_the_model_has_shapes(name):
   tree = _module(name).get_config().to_dict()
   config = config_lib.from_dict(config_lib.Config, tree)
   # Through JSON-like plain values and back, nothing is lost.
-  assert config_lib.from_dict(
-    config_lib.Config, config_lib.to_dict(config)
-  ) == config
+  assert (
+    config_lib.from_dict(config_lib.Config, config_lib.to_dict(config))
+    == config
+  )
   model = config.model
   if not model.vocab_size:
     model = config_lib.replace(model, 'vocab_size', 100)

@@ -32,6 +32,7 @@ _MASK = np.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], bool)
 def _run(config, params=None, rngs=None, **options):
   layer = moe.MoeFeedForward(config, _HIDDEN, **options)
   params = params or _params()
+  params = jax.tree.map(jnp.asarray, params)
   x, mask = jnp.asarray(_X), jnp.asarray(_MASK)
   return layer.apply({'params': params}, x, mask, rngs=rngs)
 
@@ -93,6 +94,7 @@ def test_the_reference_layer():
     'w_out': stacked('w_2.weight', True),
     'b_out': stacked('w_2.bias'),
   }
+  params = jax.tree.map(jnp.asarray, params)
   layer = moe.MoeFeedForward(tiny.moe(), 24, 'swish')
   x = jnp.asarray(arrays['moe_x'])
   output, _ = layer.apply({'params': params}, x, jnp.ones(x.shape[:2], bool))
@@ -115,7 +117,8 @@ def test_capacity_drops_in_training_only():
 def test_the_router_is_float32_in_bfloat16():
   x16 = jnp.asarray(_X, jnp.bfloat16)
   layer = moe.MoeFeedForward(tiny.moe(), _HIDDEN, dtype=jnp.bfloat16)
-  output, stats = layer.apply({'params': _params()}, x16, jnp.asarray(_MASK))
+  params = jax.tree.map(jnp.asarray, _params())
+  output, stats = layer.apply({'params': params}, x16, jnp.asarray(_MASK))
   assert output.dtype == jnp.bfloat16
   assert stats.logits.dtype == jnp.float32
   exact = np.asarray(x16, np.float32) @ _params()['router']['kernel']

@@ -17,7 +17,6 @@ _CONFIGS = {
   'moe': {'experts': tiny.moe()},
   'conv2d8_moe': {'experts': tiny.moe(), 'subsampling': 'conv2d8'},
   'rope': {'position': 'rope_pos'},
-  'abs': {'position': 'abs_pos'},
 }
 
 

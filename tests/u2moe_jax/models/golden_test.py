@@ -215,17 +215,23 @@ def _assert_cache(port, cache, step):
   np.testing.assert_allclose(ours, expected, atol=_ENCODER)
 
 
+@functools.cache
+def _objective_and_gradients(port):
+  def loss(params, batch):
+    result = objective.compute_objective(
+      port.model, params, port.buffers, batch, config_lib.TrainConfig()
+    )
+    return result.loss, result
+
+  run = jax.jit(jax.grad(loss, has_aux=True))
+  gradients, result = run(port.params, port.batch())
+  return result, gradients
+
+
 @_cases(_WHOLE)
 def test_decoders_and_losses(port):
   batch = port.batch()
-
-  @jax.jit
-  def run(params, batch):
-    return objective.compute_objective(
-      port.model, params, port.buffers, batch, config_lib.TrainConfig()
-    )
-
-  result = run(port.params, batch)
+  result, _ = _objective_and_gradients(port)
   forward, backward = objective.decoder_batches(batch, port.config)
   for scores, direction, name in (
     (result.outputs.forward, forward, 'dec_l2r_logprobs'),
@@ -246,19 +252,7 @@ def test_decoders_and_losses(port):
 
 @_cases(_WHOLE)
 def test_gradient_norms(port):
-  batch = port.batch()
-
-  @jax.jit
-  def gradients(params):
-    return jax.grad(
-      lambda params: (
-        objective.compute_objective(
-          port.model, params, port.buffers, batch, config_lib.TrainConfig()
-        ).loss
-      )
-    )(params)
-
-  ours = gradients(port.params)
+  _, ours = _objective_and_gradients(port)
   # The names of the reference, mapped as the weights are: norms of a stacked
   # leaf add up over its blocks and experts.
   squares = {
