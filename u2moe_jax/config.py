@@ -449,7 +449,8 @@ class TrainConfig:
 
   Attributes:
     seed: every random number derives from it.
-    num_steps: optimizer updates in total.
+    num_steps: batches in total; `optimizer.accumulate` of them make one
+      update.
     ctc_weight: share of CTC in the loss; the attention decoders get the rest.
     reverse_weight: share of the right-to-left decoder in the attention loss.
     label_smoothing: mass moved off the target label.

@@ -16,10 +16,13 @@ def make_schedule(
 ) -> optax.Schedule:
   """Learning rate by update, counted from 0.
 
+  `num_steps` counts batches, `accumulate` of which make one update.
+
   `warmup_inverse_sqrt` is lr(t) = peak * min(sqrt(w / t), t / w) with
   t = update + 1: the reference's warmuplr, whose peak is at t = w.
   """
   peak, warmup = config.learning_rate, config.warmup_steps
+  num_updates = num_steps // config.accumulate
 
   def ramp(step):
     return jnp.minimum(1.0, (step + 1) / warmup)
@@ -29,7 +32,7 @@ def make_schedule(
     return peak * jnp.minimum(jnp.sqrt(warmup / t), t / warmup)
 
   def cosine(step):
-    progress = (step - warmup) / max(num_steps - warmup, 1)
+    progress = (step - warmup) / max(num_updates - warmup, 1)
     wave = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
     share = config.final_rate_share
     return peak * ramp(step) * (share + (1 - share) * wave)

@@ -66,21 +66,25 @@ def train_step(
     buffers=result.outputs.encoder.buffers,
   )
   finite = jnp.isfinite(result.loss) & jnp.isfinite(norm)
+  measured = result.metrics | {'gradient_norm': metrics.Mean.of(norm)}
   if config.train.skip_nonfinite:
     kept = dataclasses.replace(state, step=state.step + 1)
     new_state = jax.tree.map(
       lambda new, old: jnp.where(finite, new, old), new_state, kept
     )
+    # A sum and a count of 0: a skipped batch does not spoil the others' mean.
+    measured = jax.tree.map(lambda x: jnp.where(finite, x, 0.0), measured)
   schedule = optimizer_lib.make_schedule(
     config.optimizer, num_steps=config.train.num_steps
   )
   extra = {
-    'gradient_norm': metrics.Mean.of(norm),
-    'learning_rate': metrics.Mean.of(schedule(state.step)),
+    'learning_rate': metrics.Mean.of(
+      schedule(state.step // config.optimizer.accumulate)
+    ),
     'skipped': metrics.Mean.of(1.0 - finite),
     'chunk_size': metrics.Mean.of(chunk[0]),
   }
-  return new_state, result.metrics | extra
+  return new_state, measured | extra
 
 
 def _keys(seed: int, step: jax.Array) -> tuple[jax.Array, jax.Array]:
