@@ -11,7 +11,7 @@ One signature, `expert_feed_forward`, over several executors:
             GPUs, so it is never chosen by default
 
 To add one, write a function of (x, plan, weights, activation, ...) here and
-name it in `_EXECUTORS`.
+call it in `expert_feed_forward`.
 """
 
 from collections.abc import Callable
@@ -265,7 +265,6 @@ def _run_blocks_forward(activation, block_size, x, combine, weights, blocks):
 
 def _run_blocks_backward(activation, block_size, residuals, d_output):
   x, combine, weights, blocks, out = residuals
-  num_tokens, num_kept = combine.shape
   rows = _append_zero_row(x)[blocks.source]
   d_combine = jnp.einsum('SD,SJD->SJ', d_output, out[blocks.position])
   # Each row's weight, by inverting `position`; filler rows get 0.
@@ -295,7 +294,6 @@ def _run_blocks_backward(activation, block_size, residuals, d_output):
   visited = jnp.sum(combine != 0, axis=-1) > 0  # padded tokens point at row 0
   d_x = jnp.sum(d_rows[blocks.position], axis=1)
   d_x = jnp.where(visited[:, None], d_x, 0.0).astype(x.dtype)
-  del num_tokens, num_kept
   return d_x, d_combine, d_weights, None
 
 
