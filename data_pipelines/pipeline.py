@@ -2,17 +2,22 @@
 
 from collections import Counter
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
 import dataclasses
 import functools
 import itertools
+import operator
 import threading
 from typing import Any
 
+from jaxtyping import Float
 import numpy as np
 
 from data_pipelines import batching
+from data_pipelines import manifest
+from data_pipelines import mixing
 from data_pipelines import plan
 from data_pipelines import sources
 from data_pipelines import transforms
@@ -33,6 +38,8 @@ class Skip:
 @dataclasses.dataclass(frozen=True)
 class HostBatch:
   """One step's arrays, and what was lost while loading them.
+
+  With several hosts it is the part of one host, keys and seconds included.
 
   Attributes:
     arrays: see `batching.pad_batch`.
@@ -57,6 +64,8 @@ class Corpus:
   Attributes:
     items: usable utterances, as the plan sees them.
     skipped: the others.
+    shares: of the utterances of an epoch, by the items' `part`; empty if
+      nothing is mixed.
   """
 
   def __init__(
@@ -67,6 +76,7 @@ class Corpus:
     *,
     rate: int,
     min_input: int,
+    mixture: mixing.Mixture | None = None,
   ):
     """Tokenises every transcript and checks every length.
 
@@ -76,41 +86,56 @@ class Corpus:
       config: limits and features.
       rate: subsampling rate of the encoder.
       min_input: feature frames the encoder needs for one output frame.
+      mixture: how `source` is mixed, if it is.
 
     Raises:
-      NoDataError: if nothing is usable.
+      NoDataError: if nothing is usable, or nothing of a mixed part.
     """
     self.config = config
     self.source = source
+    self.shares = mixture.shares if mixture else ()
     self._min_input = min_input
     self.items: list[plan.Item] = []
     self.skipped: list[Skip] = []
-    self._labels: list[tuple[int, ...]] = []
-    self._source_index: list[int] = []
+    labels: list[list[int]] = []
+    source_index: list[int] = []
+    unknown = tokenizer.special.unk if config.skip_unknown else None
     for index, utterance in enumerate(source.utterances):
-      labels = tuple(tokenizer.encode(utterance.txt))
+      ids = tokenizer.encode(utterance.txt)
       item = plan.Item(
         utterance.key,
         utterance.duration or 0.0,
-        len(labels),
-        _min_ctc_frames(labels),
+        len(ids),
+        _min_ctc_frames(ids),
+        int(mixture.parts[index]) if mixture else 0,
       )
-      skip = _unreadable(source, index)
+      skip = _unreadable(source, index, utterance)
       reason = plan.rejection(item, config, rate=rate, min_input=min_input)
+      if reason is None and unknown in ids:
+        reason = 'unknown_tokens'
       if skip is None and reason:
         skip = Skip(item.key, reason)
       if skip is not None:
         self.skipped.append(skip)
         continue
       self.items.append(item)
-      self._labels.append(labels)
-      self._source_index.append(index)
-    if not self.items:
-      counts = Counter(skip.reason for skip in self.skipped)
-      raise NoDataError(
-        f'none of {len(self.skipped)} utterances can be used: {dict(counts)}; '
-        'see data.min_seconds, data.max_seconds, data.max_tokens'
-      )
+      labels.append(ids)
+      source_index.append(index)
+    self._labels = _Labels(labels)
+    self._source_index = np.array(source_index, np.int64)
+    self._require_items(mixture)
+
+  def _require_items(self, mixture: mixing.Mixture | None) -> None:
+    used = {item.part for item in self.items}
+    names = mixture.names if self.shares and mixture else ('the data',)
+    for part, name in enumerate(names):
+      if part not in used:
+        counts = Counter(skip.reason for skip in self.skipped)
+        raise NoDataError(
+          f'no utterance of {name} can be used, of {len(self.skipped)} left '
+          f'out: {dict(counts)}; see data.min_seconds, data.max_seconds, '
+          'data.max_tokens'
+        )
 
   @property
   def hours(self) -> float:
@@ -119,21 +144,41 @@ class Corpus:
 
   def text(self, index: int) -> str:
     """Transcript of a usable utterance."""
-    return self.source.utterances[self._source_index[index]].txt
+    return self.source.utterances[int(self._source_index[index])].txt
+
+  def samples(self, index: int) -> Float[np.ndarray, 'samples']:
+    """Loads a usable utterance's waveform; AudioError if that fails."""
+    return self.source.load(int(self._source_index[index]))
+
+  def speech(
+    self, rng: np.random.Generator
+  ) -> Float[np.ndarray, 'samples'] | None:
+    """Some usable utterance's samples; None if they cannot be read."""
+    try:
+      return self.samples(int(rng.integers(len(self.items))))
+    except audio.AudioError:  # told when its own turn comes
+      return None
 
   def load(
     self,
     planned: plan.PlannedBatch,
-    steps: Sequence[Callable[[transforms.Row], transforms.Row]],
-    make_rng: Callable[[str], np.random.Generator],
+    steps: Sequence[transforms.Step],
+    make_rng: Callable[[str, int], np.random.Generator],
   ) -> HostBatch:
-    """Loads, transforms and pads one planned batch."""
+    """Loads, transforms and pads one planned batch.
+
+    Args:
+      planned: the batch, or one host's part of it.
+      steps: see `transforms.training_steps`.
+      make_rng: generator of an utterance by key and round.
+    """
     rows: list[transforms.Row | None] = []
     skipped, seconds = [], 0.0
-    for index, speed in zip(planned.indices, planned.speeds, strict=True):
+    draws = zip(planned.indices, planned.speeds, planned.rounds, strict=True)
+    for index, speed, number in draws:
       key = self.items[index].key
       try:
-        row = self._row(index, speed, make_rng(key))
+        row = self._row(index, speed, make_rng(key, number))
         for step in steps:
           row = step(row)
         self._require_frames(row)
@@ -163,16 +208,31 @@ class Corpus:
   def _row(self, index, speed, rng) -> transforms.Row:
     return transforms.Row(
       key=self.items[index].key,
-      samples=self.source.load(self._source_index[index]),
+      samples=self.samples(index),
       labels=self._labels[index],
       speed=speed,
       rng=rng,
     )
 
 
-def _unreadable(source: sources.Source, index: int) -> Skip | None:
+class _Labels:
+  """Token ids of many utterances; a tenth of the memory of tuples."""
+
+  def __init__(self, labels: Iterable[Sequence[int]]):
+    labels = list(labels)
+    self._ends = np.cumsum([0, *map(len, labels)])
+    ids = itertools.chain.from_iterable(labels)
+    self._ids = np.fromiter(ids, np.int32, int(self._ends[-1]))
+
+  def __getitem__(self, index: int) -> tuple[int, ...]:
+    ids = self._ids[self._ends[index] : self._ends[index + 1]]
+    return tuple(ids.tolist())
+
+
+def _unreadable(
+  source: sources.Source, index: int, utterance: manifest.Utterance
+) -> Skip | None:
   """Why an utterance has no duration: its sound cannot be opened."""
-  utterance = source.utterances[index]
   if utterance.duration is not None:
     return None
   try:
@@ -184,27 +244,47 @@ def _unreadable(source: sources.Source, index: int) -> Skip | None:
 
 def _min_ctc_frames(labels: Sequence[int]) -> int:
   """Labels, and a blank between equal neighbours."""
-  repeats = sum(a == b for a, b in itertools.pairwise(labels))
-  return len(labels) + repeats
+  return len(labels) + sum(map(operator.eq, labels, labels[1:]))
 
 
 class TrainBatches:
   """Training batches by number: `self[n]` is step n's batch, for ever.
 
   The number is the whole state of the data: batch n is the same whatever was
-  asked for before, on any number of workers.
+  asked for before, on any number of workers; and of any number of hosts, each
+  loads its rows of it.
   """
 
-  def __init__(self, corpus: Corpus, *, seed: int, multiple: int = 1):
+  def __init__(
+    self,
+    corpus: Corpus,
+    *,
+    seed: int,
+    multiple: int = 1,
+    host_index: int = 0,
+    num_hosts: int = 1,
+  ):
     """Fixes the buckets.
 
     Args:
       corpus: the utterances.
       seed: of the experiment.
-      multiple: batch sizes are multiples of it.
+      multiple: batch sizes are multiples of it; of `num_hosts`, then.
+      host_index: number of this host.
+      num_hosts: hosts that share each batch.
+
+    Raises:
+      ValueError: if `num_hosts` does not divide `multiple`.
+      NoiseError: for noise or impulse responses that are not there.
     """
+    if multiple % num_hosts or not 0 <= host_index < num_hosts:
+      raise ValueError(
+        f'host {host_index} of {num_hosts} cannot take its part of batches '
+        f'whose sizes are multiples of {multiple}'
+      )
     self._corpus = corpus
     self._seed = seed
+    self._host = {'host_index': host_index, 'num_hosts': num_hosts}
     config = corpus.config
     self.buckets = plan.make_buckets(
       corpus.items,
@@ -212,48 +292,92 @@ class TrainBatches:
       speeds=config.augment.speeds or (1.0,),
       multiple=multiple,
     )
-    self._steps = (
-      transforms.ChangeSpeed(config.features),
-      transforms.Fbank(config.features, dither=True),
-      transforms.Augment(config.augment),
+    self.epochs_together = plan.epochs_together(
+      corpus.items, self.buckets, config
     )
-    self._lock = threading.Lock()
+    self._steps = transforms.training_steps(config, corpus.speech)
     self._starts = [0]  # number of each epoch's first batch
-    self._epoch_plan = functools.lru_cache(maxsize=2)(self._plan)
+    self._set_up()
 
-  def _plan(self, epoch: int) -> list[plan.PlannedBatch]:
-    return plan.plan_epoch(
+  def _set_up(self) -> None:
+    """Makes what does not travel to another process."""
+    self._lock = threading.Lock()
+    self._block_plan = functools.lru_cache(maxsize=2)(self._plan)
+
+  def __getstate__(self) -> dict[str, Any]:
+    return {
+      key: value
+      for key, value in self.__dict__.items()
+      if key not in ('_lock', '_block_plan')
+    }
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    self.__dict__.update(state)
+    self._set_up()
+
+  def _plan(self, epochs: range) -> list[list[plan.PlannedBatch]]:
+    return plan.plan_block(
       self._corpus.items,
       self.buckets,
       self._corpus.config,
       seed=self._seed,
-      epoch=epoch,
+      epochs=epochs,
+      shares=self._corpus.shares,
     )
 
+  def epoch(self, epoch: int) -> list[plan.PlannedBatch]:
+    """The batches of an epoch, of all hosts."""
+    epochs = plan.block_of(
+      epoch, together=self.epochs_together, config=self._corpus.config
+    )
+    return self._block_plan(epochs)[epoch - epochs.start]
+
   def locate(self, number: int) -> tuple[int, plan.PlannedBatch]:
-    """The epoch of a batch, and its plan."""
+    """The epoch of a batch, and its plan for all hosts."""
     with self._lock:  # worker threads ask at the same time
       while self._starts[-1] <= number:
         epoch = len(self._starts) - 1
-        self._starts.append(self._starts[-1] + len(self._epoch_plan(epoch)))
+        self._starts.append(self._starts[-1] + len(self.epoch(epoch)))
     epoch = int(np.searchsorted(self._starts, number, side='right')) - 1
-    return epoch, self._epoch_plan(epoch)[number - self._starts[epoch]]
+    return epoch, self.epoch(epoch)[number - self._starts[epoch]]
 
   def __getitem__(self, number: int) -> HostBatch:
-    epoch, planned = self.locate(number)
+    """This host's rows of batch `number`."""
+    _, planned = self.locate(number)
 
-    def make_rng(key: str) -> np.random.Generator:
-      return plan.generator(self._seed, 'augment', epoch, key)
+    def make_rng(key: str, number: int) -> np.random.Generator:
+      return plan.generator(self._seed, 'augment', number, key)
 
-    return self._corpus.load(planned, self._steps, make_rng)
+    return self._corpus.load(
+      plan.of_host(planned, **self._host), self._steps, make_rng
+    )
 
-  def iterate(self, start: int, *, num_workers: int) -> Iterator[HostBatch]:
-    """Yields batch `start` and all that follow, prepared ahead by threads."""
+  def iterate(
+    self,
+    start: int,
+    *,
+    num_workers: int,
+    worker_type: config_lib.WorkerType = 'thread',
+  ) -> Iterator[HostBatch]:
+    """Yields batch `start` and all that follow.
+
+    Args:
+      start: number of the first one.
+      num_workers: threads or processes that prepare batches ahead; 0: each
+        batch is made when it is asked for.
+      worker_type: thread or process. A process is sent the corpus once, and
+        plans for itself; it needs absl's flags parsed.
+    """
     import grain  # only where data is read: the import is not free
 
     dataset = grain.MapDataset.source(_Endless(self, start))
+    if worker_type == 'process' and num_workers:
+      alone = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+      workers = grain.MultiprocessingOptions(num_workers=num_workers)
+      return iter(dataset.to_iter_dataset(alone).mp_prefetch(workers))
+    ahead = 2 * num_workers + 2 if num_workers else 0
     options = grain.ReadOptions(
-      num_threads=max(num_workers, 1), prefetch_buffer_size=2 * num_workers + 2
+      num_threads=num_workers, prefetch_buffer_size=ahead
     )
     return iter(dataset.to_iter_dataset(options))
 
@@ -289,5 +413,5 @@ def evaluation_batches(
   buckets = plan.extend_buckets(buckets, corpus.items, config)
   steps = (transforms.Fbank(config.features, dither=False),)
   for planned in plan.plan_once(corpus.items, buckets, config):
-    batch = corpus.load(planned, steps, lambda key: plan.generator(key))
+    batch = corpus.load(planned, steps, lambda key, _: plan.generator(key))
     yield batch, planned.indices

@@ -3,18 +3,26 @@
 Step n names its utterances, their bucket and their speed factors before any
 audio is opened. What turns out bad while loading leaves an empty row; it
 never moves another utterance.
+
+An epoch of a small corpus does not fill the last batch of every bucket, and
+padding what is left over into longer buckets is dear. So several epochs may
+be planned together (`block_of`): what is left over waits for its like in the
+next epoch, and only the block's last epoch pads.
 """
 
+from collections.abc import Iterable
 from collections.abc import Sequence
 import dataclasses
 import hashlib
 
+from jaxtyping import Float
+from jaxtyping import Int
 import numpy as np
 
 from u2moe_jax import config as config_lib
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Item:
   """What the plan needs to know of an utterance.
 
@@ -23,12 +31,14 @@ class Item:
     seconds: duration before any change of speed.
     num_tokens: labels.
     min_frames: encoder frames its CTC labels need, repeats included.
+    part: which of the mixed sources it comes from.
   """
 
   key: str
   seconds: float
   num_tokens: int
   min_frames: int = 0
+  part: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +56,7 @@ class Bucket:
   batch_size: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class PlannedBatch:
   """One step.
 
@@ -55,11 +65,14 @@ class PlannedBatch:
     indices: utterances, as positions in the source; fewer than `batch_size`
       leave empty rows.
     speeds: speed factor of each.
+    rounds: how often each was drawn before, which is the number of its epoch
+      unless sources are mixed; its augmentation hangs on it.
   """
 
   bucket: Bucket
   indices: tuple[int, ...]
   speeds: tuple[float, ...]
+  rounds: tuple[int, ...]
 
 
 def generator(*parts: int | str) -> np.random.Generator:
@@ -78,6 +91,25 @@ def num_frames(
   return 0 if extra < 0 else 1 + extra // features.shift_samples
 
 
+def _all_num_frames(
+  seconds: Float[np.ndarray, '...'],
+  speeds: Float[np.ndarray, '...'],
+  features: config_lib.FeatureConfig,
+) -> Int[np.ndarray, '...']:
+  """`num_frames` of many; rounds halves to even, as `round` does."""
+  samples = np.rint(seconds * features.sample_rate / speeds).astype(np.int64)
+  extra = samples - features.window_samples
+  return np.where(extra < 0, 0, 1 + extra // features.shift_samples)
+
+
+def _seconds(items: Sequence[Item]) -> Float[np.ndarray, 'items']:
+  return np.fromiter((item.seconds for item in items), float, len(items))
+
+
+def _tokens(items: Sequence[Item]) -> Int[np.ndarray, 'items']:
+  return np.fromiter((item.num_tokens for item in items), int, len(items))
+
+
 def rejection(
   item: Item, config: config_lib.DataConfig, *, rate: int, min_input: int
 ) -> str | None:
@@ -90,13 +122,16 @@ def rejection(
     min_input: feature frames the encoder needs for one output frame.
 
   Returns:
-    `too_short`, `too_long`, `too_many_tokens` or `labels_do_not_fit`.
+    `too_short`, `too_long`, `too_few_tokens`, `too_many_tokens` or
+    `labels_do_not_fit`.
   """
   fastest = num_frames(item.seconds, max(_speeds(config)), config.features)
   if item.seconds < config.min_seconds or fastest < min_input:
     return 'too_short'
   if item.seconds > config.max_seconds:
     return 'too_long'
+  if item.num_tokens < config.min_tokens:
+    return 'too_few_tokens'
   if item.num_tokens > config.max_tokens:
     return 'too_many_tokens'
   # The last output frame needs its right context, hence min_input.
@@ -118,49 +153,67 @@ def make_buckets(
 ) -> list[Bucket]:
   """Chooses the static shapes from the lengths there are.
 
-  Boundaries are those that pad the least; a bucket more is a shape more to
-  compile.
+  Boundaries are those that pad the least: first of the frames, then, within
+  the frames of one bucket, of the tokens. A bucket more is a shape more to
+  compile, and there are at most `num_buckets * num_token_buckets`.
 
   Args:
     items: all utterances that may appear.
-    config: budget and number of buckets.
+    config: budget or batch sizes, and number of buckets.
     speeds: speed factors that may be drawn.
     multiple: batch sizes are multiples of it (devices along the batch).
 
   Returns:
-    Buckets by rising `max_frames`; the last holds the longest utterance at
-    its slowest.
+    Buckets by rising `max_frames`, then `max_tokens`; the last holds every
+    utterance at its slowest.
+
+  Raises:
+    ConfigError: if `batch_sizes` are not as many as the buckets by frames.
   """
-  lengths = np.array(
-    [
-      num_frames(item.seconds, s, config.features)
-      for item in items
-      for s in speeds
-    ]
-  )
-  tokens = np.array([item.num_tokens for item in items for _ in speeds])
+  factors = np.array(speeds, float)
+  lengths = _all_num_frames(
+    _seconds(items)[:, None], factors, config.features
+  ).ravel()  # (items * speeds,)
+  tokens = np.repeat(_tokens(items), len(factors))
+  buckets: list[Bucket] = []
+  low, most_tokens = -1, 0
   bounds = _least_padding(lengths, config.num_buckets)
-  buckets, low = [], -1
-  for bound in bounds:
-    inside = (lengths > low) & (lengths <= bound)
-    rows = min(config.max_batch_size, max(1, config.batch_frames // bound))
-    buckets.append(
-      Bucket(
-        max_frames=bound,
-        max_tokens=_round_up(int(tokens[inside].max()), 4),
-        batch_size=max(1, rows // multiple) * multiple,
-      )
-    )
+  for bound, rows in zip(bounds, _batch_sizes(bounds, config), strict=True):
+    inside = tokens[(lengths > low) & (lengths <= bound)]
+    widths = _least_padding(inside, config.num_token_buckets)
+    # A longer bucket takes whatever a shorter one can.
+    most_tokens = max(most_tokens, _round_up(widths[-1], 4))
+    size = max(1, rows // multiple) * multiple
+    rounded = {_round_up(width, 4) for width in widths[:-1]} | {most_tokens}
+    buckets += [Bucket(bound, width, size) for width in sorted(rounded)]
     low = bound
-  return _monotonic_tokens(buckets)
+  return buckets
+
+
+def _batch_sizes(
+  bounds: Sequence[int], config: config_lib.DataConfig
+) -> list[int]:
+  """Rows of each bucket by frames: the configured, or what fits the budget."""
+  if not config.batch_sizes:
+    most = config.max_batch_size
+    return [min(most, max(1, config.batch_frames // b)) for b in bounds]
+  if len(config.batch_sizes) != len(bounds):
+    raise config_lib.ConfigError(
+      f'data.batch_sizes has {len(config.batch_sizes)} sizes, and there are '
+      f'{len(bounds)} buckets by frames (data.num_buckets, or as many lengths '
+      'as the data has)'
+    )
+  return list(config.batch_sizes)
 
 
 # Candidates for boundaries: enough to pad little, few enough to try all.
 _MAX_CANDIDATES = 200
 
 
-def _least_padding(lengths: np.ndarray, num_buckets: int) -> list[int]:
-  """Boundaries that minimise the padded frames, by dynamic programming."""
+def _least_padding(
+  lengths: Int[np.ndarray, 'n'], num_buckets: int
+) -> list[int]:
+  """Boundaries that minimise the padding, by dynamic programming."""
   candidates = np.unique(lengths)
   if len(candidates) > _MAX_CANDIDATES:
     shares = np.linspace(0, 1, _MAX_CANDIDATES)
@@ -192,16 +245,6 @@ def _round_up(value: int, step: int) -> int:
   return -(-value // step) * step
 
 
-def _monotonic_tokens(buckets: list[Bucket]) -> list[Bucket]:
-  """Lets a longer bucket take whatever a shorter one can."""
-  result: list[Bucket] = []
-  for bucket in buckets:
-    before = result[-1].max_tokens if result else 0
-    tokens = max(bucket.max_tokens, before)
-    result.append(dataclasses.replace(bucket, max_tokens=tokens))
-  return result
-
-
 def extend_buckets(
   buckets: Sequence[Bucket],
   items: Sequence[Item],
@@ -209,8 +252,8 @@ def extend_buckets(
 ) -> list[Bucket]:
   """Adds one bucket for utterances longer than any, where there are some."""
   last = buckets[-1]
-  frames = max(num_frames(item.seconds, 1.0, config.features) for item in items)
-  tokens = max(item.num_tokens for item in items)
+  longest = _all_num_frames(_seconds(items), np.ones(()), config.features)
+  frames, tokens = int(longest.max()), int(_tokens(items).max())
   if frames <= last.max_frames and tokens <= last.max_tokens:
     return list(buckets)
   extra = dataclasses.replace(
@@ -221,6 +264,61 @@ def extend_buckets(
   return [*buckets, extra]
 
 
+# A block has so many batches for each bucket, on average; then the one that
+# each bucket may leave incomplete weighs little.
+_BATCHES_PER_BUCKET = 8
+_MOST_EPOCHS = 20
+# A batch gathers what fits it from so many epochs, on average. Beyond, it would
+# be copies of a few utterances, which is worse than padding.
+_MOST_EPOCHS_PER_BATCH = 4
+
+
+def epochs_together(
+  items: Sequence[Item],
+  buckets: Sequence[Bucket],
+  config: config_lib.DataConfig,
+) -> int:
+  """Number of epochs in a block: `plan_epochs`, or 0 resolved.
+
+  Args:
+    items: the utterances.
+    buckets: see `make_buckets`.
+    config: `plan_epochs`.
+
+  Returns:
+    1 where an epoch fills every bucket many times, or too few of them; up to
+    20 between.
+  """
+  if config.plan_epochs:
+    return config.plan_epochs
+  frames = _all_num_frames(_seconds(items), np.ones(()), config.features)
+  chosen = _bucket_numbers(frames, items, np.arange(len(items)), buckets)
+  sizes = np.array([bucket.batch_size for bucket in buckets])
+  batches = float(np.sum(1.0 / sizes[chosen]))
+  epochs_per_batch = len(buckets) / batches
+  if epochs_per_batch > _MOST_EPOCHS_PER_BATCH:
+    return 1
+  needed = np.ceil(_BATCHES_PER_BUCKET * epochs_per_batch)
+  return int(np.clip(needed, 1, _MOST_EPOCHS))
+
+
+def block_of(
+  epoch: int, *, together: int, config: config_lib.DataConfig
+) -> range:
+  """The epochs that are planned with an epoch, itself included.
+
+  Args:
+    epoch: number of the epoch.
+    together: see `epochs_together`.
+    config: `short_first_epochs`, each of which stands alone.
+  """
+  alone = config.short_first_epochs
+  if epoch < alone:
+    return range(epoch, epoch + 1)
+  first = epoch - (epoch - alone) % together
+  return range(first, first + together)
+
+
 def plan_epoch(
   items: Sequence[Item],
   buckets: Sequence[Bucket],
@@ -228,8 +326,25 @@ def plan_epoch(
   *,
   seed: int,
   epoch: int,
+  shares: Sequence[float] = (),
 ) -> list[PlannedBatch]:
-  """Plans one epoch of training.
+  """Plans one epoch of training by itself; see `plan_block`."""
+  (batches,) = plan_block(
+    items, buckets, config, seed=seed, epochs=[epoch], shares=shares
+  )
+  return batches
+
+
+def plan_block(
+  items: Sequence[Item],
+  buckets: Sequence[Bucket],
+  config: config_lib.DataConfig,
+  *,
+  seed: int,
+  epochs: Iterable[int],
+  shares: Sequence[float] = (),
+) -> list[list[PlannedBatch]]:
+  """Plans neighbouring epochs of training together.
 
   Args:
     items: the utterances, rejected ones left out (their `indices` here are
@@ -237,56 +352,185 @@ def plan_epoch(
     buckets: see `make_buckets`.
     config: speeds.
     seed: of the experiment.
-    epoch: number of the epoch.
+    epochs: their numbers, see `block_of`.
+    shares: of the utterances of an epoch, by the items' `part`; none takes
+      every item once per epoch.
 
   Returns:
-    Batches in training order; every item appears exactly once.
+    For each epoch its batches in training order. Unless mixed, every item
+    appears exactly once per epoch of the block, though its batch may come in
+    a later epoch of it.
   """
-  rng = generator(seed, 'plan', epoch)
-  speeds = _speeds(config)
-  drawn = [speeds[i] for i in rng.integers(len(speeds), size=len(items))]
-  waiting: list[list[int]] = [[] for _ in buckets]
-  batches = []
-  order = rng.permutation(len(items))
-  short_first = epoch < config.short_first_epochs
-  if short_first:
-    order = order[np.argsort([items[i].seconds for i in order], kind='stable')]
-  for index in order:
-    b = _find_bucket(items[index], drawn[index], buckets, config)
-    waiting[b].append(int(index))
-    if len(waiting[b]) == buckets[b].batch_size:
-      batches.append(_planned(buckets[b], waiting[b], drawn))
-      waiting[b] = []
-  batches += _flush(waiting, buckets, drawn)
-  if short_first:
+  planner = _Planner(items, buckets, config, seed, shares)
+  epochs = list(epochs)
+  return [planner.plan(epoch, last=epoch == epochs[-1]) for epoch in epochs]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Draws:
+  """Utterances on their way into batches, in training order.
+
+  Attributes:
+    indices: their numbers.
+    speeds: positions in the list of speed factors.
+    rounds: how often each was drawn before.
+  """
+
+  indices: Int[np.ndarray, 'n']
+  speeds: Int[np.ndarray, 'n']
+  rounds: Int[np.ndarray, 'n']
+
+  def __len__(self) -> int:
+    return len(self.indices)
+
+  def __getitem__(self, chosen) -> '_Draws':
+    return _Draws(
+      self.indices[chosen], self.speeds[chosen], self.rounds[chosen]
+    )
+
+  def __add__(self, other: '_Draws') -> '_Draws':
+    return _Draws(
+      np.concatenate([self.indices, other.indices]),
+      np.concatenate([self.speeds, other.speeds]),
+      np.concatenate([self.rounds, other.rounds]),
+    )
+
+
+_NO_DRAWS = _Draws(*(np.zeros(0, int) for _ in range(3)))
+
+
+class _Planner:
+  """One block: epoch after epoch, with what waits in each bucket."""
+
+  def __init__(self, items, buckets, config, seed, shares):
+    self._items = items
+    self._buckets = list(buckets)
+    self._config = config
+    self._seed = seed
+    self._shares = shares
+    self._factors = _speeds(config)
+    self._seconds = _seconds(items)
+    self._tokens = _tokens(items)
+    self._waiting = [_NO_DRAWS] * len(self._buckets)
+
+  def plan(self, epoch: int, *, last: bool) -> list[PlannedBatch]:
+    """Batches that are full with this epoch; if it is the last, all."""
+    rng = generator(self._seed, 'plan', epoch)
+    drawn = self._draw(rng, epoch)
+    order = rng.permutation(len(drawn))
+    short_first = epoch < self._config.short_first_epochs
+    if short_first:
+      seconds = self._seconds[drawn.indices[order]]
+      order = order[np.argsort(seconds, kind='stable')]
+    batches = self._fill(drawn[order])
+    if last:
+      batches += self._flush()
+    if short_first:
+      return batches
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+  def _draw(self, rng: np.random.Generator, epoch: int) -> _Draws:
+    if self._shares:
+      indices, rounds = _mix(self._items, self._shares, self._seed, epoch)
+    else:
+      indices = np.arange(len(self._items))
+      rounds = np.full(len(indices), epoch)
+    speeds = rng.integers(len(self._factors), size=len(indices))
+    return _Draws(indices, speeds, rounds)
+
+  def _lengths(self, drawn: _Draws) -> Int[np.ndarray, 'n']:
+    return _all_num_frames(
+      self._seconds[drawn.indices],
+      np.array(self._factors, float)[drawn.speeds],
+      self._config.features,
+    )
+
+  def _fill(self, drawn: _Draws) -> list[PlannedBatch]:
+    """Full batches in the order in which their last utterance comes."""
+    chosen = _bucket_numbers(
+      self._lengths(drawn), self._items, drawn.indices, self._buckets
+    )
+    found: list[tuple[int, PlannedBatch]] = []
+    for number, bucket in enumerate(self._buckets):
+      places = np.flatnonzero(chosen == number)
+      before = len(self._waiting[number])
+      inside = self._waiting[number] + drawn[places]
+      size = bucket.batch_size
+      whole = len(inside) - len(inside) % size
+      for start in range(0, whole, size):
+        batch = self._planned(bucket, inside[start : start + size])
+        found.append((int(places[start + size - 1 - before]), batch))
+      self._waiting[number] = inside[whole:]
+    return [batch for _, batch in sorted(found, key=lambda pair: pair[0])]
+
+  def _flush(self) -> list[PlannedBatch]:
+    """Moves what is left over to longer buckets, so few rows stay empty."""
+    batches: list[PlannedBatch] = []
+    carried = _NO_DRAWS
+    for number, bucket in enumerate(self._buckets):
+      # Of the same frames or more; but its tokens may be fewer.
+      fits = self._tokens[carried.indices] <= bucket.max_tokens
+      inside = carried[fits] + self._waiting[number]
+      size = bucket.batch_size
+      whole = len(inside) - len(inside) % size
+      for start in range(0, whole, size):
+        batches.append(self._planned(bucket, inside[start : start + size]))
+      carried = carried[~fits] + inside[whole:]
+      self._waiting[number] = _NO_DRAWS
+    if len(carried):
+      batches.append(self._planned(self._buckets[-1], carried))
     return batches
-  return [batches[i] for i in rng.permutation(len(batches))]
+
+  def _planned(self, bucket: Bucket, drawn: _Draws) -> PlannedBatch:
+    return PlannedBatch(
+      bucket,
+      tuple(drawn.indices.tolist()),
+      tuple(self._factors[i] for i in drawn.speeds),
+      tuple(drawn.rounds.tolist()),
+    )
 
 
-def _find_bucket(item, speed, buckets, config) -> int:
-  frames = num_frames(item.seconds, speed, config.features)
-  for i, bucket in enumerate(buckets):
-    if frames <= bucket.max_frames and item.num_tokens <= bucket.max_tokens:
-      return i
-  raise ValueError(f'utterance {item.key!r} fits no bucket')
+def _bucket_numbers(
+  frames: Int[np.ndarray, 'n'],
+  items: Sequence[Item],
+  indices: Int[np.ndarray, 'n'],
+  buckets: Sequence[Bucket],
+) -> Int[np.ndarray, 'n']:
+  """The first bucket that holds each item; ValueError names one without."""
+  tokens = _tokens(items)[indices]
+  numbers = np.full(len(frames), -1)
+  for number in reversed(range(len(buckets))):
+    bucket = buckets[number]
+    fits = (frames <= bucket.max_frames) & (tokens <= bucket.max_tokens)
+    numbers[fits] = number
+  if (numbers < 0).any():
+    key = items[int(indices[np.argmin(numbers)])].key
+    raise ValueError(f'utterance {key!r} fits no bucket')
+  return numbers
 
 
-def _planned(bucket, indices, drawn) -> PlannedBatch:
-  return PlannedBatch(bucket, tuple(indices), tuple(drawn[i] for i in indices))
+def _mix(
+  items: Sequence[Item], shares: Sequence[float], seed: int, epoch: int
+) -> tuple[Int[np.ndarray, 'n'], Int[np.ndarray, 'n']]:
+  """An epoch of mixed sources: utterances, and how often each came before.
 
-
-def _flush(waiting, buckets, drawn) -> list[PlannedBatch]:
-  """Moves what is left over to longer buckets, so few rows stay empty."""
-  batches: list[PlannedBatch] = []
-  carried: list[int] = []
-  for bucket, indices in zip(buckets, waiting, strict=True):
-    carried = carried + indices
-    while len(carried) >= bucket.batch_size:
-      batches.append(_planned(bucket, carried[: bucket.batch_size], drawn))
-      carried = carried[bucket.batch_size :]
-  if carried:
-    batches.append(_planned(buckets[-1], carried, drawn))
-  return batches
+  Each source is gone through in shuffled rounds of its own, and an epoch goes
+  on where the last one ended: no utterance comes n + 1 times before the
+  others of its source have come n times.
+  """
+  parts = np.fromiter((item.part for item in items), int, len(items))
+  indices, rounds = [], []
+  for part, share in enumerate(shares):
+    members = np.flatnonzero(parts == part)
+    count = max(1, round(share * len(items)))
+    places = np.arange(epoch * count, (epoch + 1) * count)
+    for number in np.unique(places // len(members)):
+      rng = generator(seed, 'mix', part, int(number))
+      shuffled = members[rng.permutation(len(members))]
+      inside = places[places // len(members) == number] % len(members)
+      indices.append(shuffled[inside])
+      rounds.append(np.full(len(inside), number))
+  return np.concatenate(indices), np.concatenate(rounds)
 
 
 def plan_once(
@@ -295,16 +539,46 @@ def plan_once(
   config: config_lib.DataConfig,
 ) -> list[PlannedBatch]:
   """Plans an evaluation: sorted by length, speed 1, every item once."""
-  lengths = [num_frames(item.seconds, 1.0, config.features) for item in items]
-  order = sorted(range(len(items)), key=lambda i: (lengths[i], i))
-  waiting: list[list[int]] = [[] for _ in buckets]
-  ones = [1.0] * len(items)
-  for index in order:
-    b = _find_bucket(items[index], 1.0, buckets, config)
-    waiting[b].append(index)
+  frames = _all_num_frames(_seconds(items), np.ones(()), config.features)
+  chosen = _bucket_numbers(frames, items, np.arange(len(items)), buckets)
+  order = np.argsort(frames, kind='stable')
   batches = []
-  for bucket, indices in zip(buckets, waiting, strict=True):
-    for start in range(0, len(indices), bucket.batch_size):
-      chosen = indices[start : start + bucket.batch_size]
-      batches.append(_planned(bucket, chosen, ones))
+  for number, bucket in enumerate(buckets):
+    inside = order[chosen[order] == number].tolist()
+    for start in range(0, len(inside), bucket.batch_size):
+      indices = tuple(inside[start : start + bucket.batch_size])
+      ones = (1.0,) * len(indices)
+      batches.append(PlannedBatch(bucket, indices, ones, (0,) * len(indices)))
   return batches
+
+
+def of_host(
+  planned: PlannedBatch, *, host_index: int, num_hosts: int
+) -> PlannedBatch:
+  """The rows of a batch that one host loads.
+
+  Args:
+    planned: the global batch.
+    host_index: number of the host.
+    num_hosts: hosts; each takes as many neighbouring rows as the others.
+
+  Returns:
+    A batch of B / num_hosts rows; the hosts' batches, one behind the other,
+    are the global one.
+
+  Raises:
+    ValueError: if the hosts do not divide B.
+  """
+  size, rest = divmod(planned.bucket.batch_size, num_hosts)
+  if rest:
+    raise ValueError(
+      f'{num_hosts} hosts cannot share batches of '
+      f'{planned.bucket.batch_size} rows; batch sizes must be multiples of it'
+    )
+  rows = slice(host_index * size, (host_index + 1) * size)
+  return PlannedBatch(
+    dataclasses.replace(planned.bucket, batch_size=size),
+    planned.indices[rows],
+    planned.speeds[rows],
+    planned.rounds[rows],
+  )

@@ -3,10 +3,14 @@
   python -m experiments.decode --checkpoint=DIR --manifest=FILE \
     --mode=attention_rescoring --chunk_size=16 --out=FILE
 
-The last line printed is one JSON object with the scores.
+A run that was stopped goes on where it was. Several processes share the work
+with --shard=0/2 and --shard=1/2, the same --out on a disk they all see; the
+last to finish writes it. The last line printed is one JSON object with the
+scores.
 """
 
 import json
+from typing import Any
 
 from absl import flags
 
@@ -22,10 +26,24 @@ _CHECKPOINT = flags.DEFINE_string(
 _MANIFEST = flags.DEFINE_string(
   'manifest',
   None,
-  'Manifest, or prepared dataset as DIR or DIR:SPLIT.',
+  'Manifest, prepared dataset as DIR or DIR:SPLIT, or any KIND:PATH.',
   required=True,
 )
-_OUT = flags.DEFINE_string('out', None, 'JSON-lines file for transcripts.')
+_OUT = flags.DEFINE_string(
+  'out', None, 'File for the transcripts; a folder for srt and vtt.'
+)
+_FORMAT = flags.DEFINE_enum(
+  'format',
+  'jsonl',
+  ['jsonl', 'txt', 'srt', 'vtt', 'ctm'],
+  'Form of the transcripts.',
+)
+_SHARD = flags.DEFINE_string(
+  'shard',
+  None,
+  'I/N: decode part I (0 to N-1) of the utterances. Default: the process index '
+  'under jax.distributed, else everything.',
+)
 _STREAMING = flags.DEFINE_bool(
   'streaming', False, 'Take the cached, chunk-by-chunk path (needs a chunk).'
 )
@@ -35,20 +53,60 @@ decode_flags.define()
 def main(_) -> int:
   """Decodes; exit codes in docs/exit_codes.md."""
   config = decode_flags.config()
+  import jax
+
   from data_pipelines import sources
   from experiments.wiring import decoding
+  from experiments.wiring import transcripts
+  from u2moe_jax import config as config_lib
   from u2moe_jax.checkpoint import directory
   from u2moe_jax.decoding import recognizer
+  from u2moe_jax.sharding import mesh as mesh_lib
 
-  source = sources.open_source(_MANIFEST.value, split='test')
-  print(f'checkpoint: {directory.find(_CHECKPOINT.value).choice}')
+  transcripts.require_format(_FORMAT.value, config.mode)
+  if _SHARD.value is not None:
+    shard = transcripts.Shard.parse(_SHARD.value)
+  else:
+    shard = transcripts.Shard(jax.process_index(), jax.process_count())
+  if shard.count > 1 and _OUT.value is None:
+    raise transcripts.TranscriptError(
+      '--shard needs --out, where the parts are put together'
+    )
+  found = directory.find(_CHECKPOINT.value)
+  decode_flags.warn(found.description.model, config)
+  rate = found.description.features.sample_rate
+  source = sources.open_source(_MANIFEST.value, split='test', sample_rate=rate)
+  print(f'checkpoint: {found.choice}')
+  devices, mesh = jax.local_devices(), None
+  if len(devices) > 1 and not _STREAMING.value:
+    mesh = mesh_lib.make_mesh(config_lib.MeshConfig(data=-1), devices)
   model = recognizer.Recognizer.from_checkpoint(
-    _CHECKPOINT.value, config=config
+    _CHECKPOINT.value, config=config, mesh=mesh
   )
-  summary, _ = decoding.run(
-    model, source, streamed=_STREAMING.value, out=_OUT.value
-  )
-  record = {'mode': config.mode, 'chunk_size': config.chunk_size}
+  try:
+    summary, decoded = decoding.run(
+      model,
+      source,
+      streamed=_STREAMING.value,
+      out=_OUT.value,
+      format_name=_FORMAT.value,
+      shard=shard,
+      identity={
+        'checkpoint': found.choice,
+        'written': found.params.stat().st_mtime,
+        'manifest': _MANIFEST.value,
+      },
+    )
+  except KeyboardInterrupt:
+    hint = '; run the same command to go on' if _OUT.value else ''
+    print(f'stopped{hint}')
+    return command.INTERRUPTED
+  record: dict[str, Any] = {
+    'mode': config.mode,
+    'chunk_size': config.chunk_size,
+  }
+  if len(decoded) + summary.failed < len(source):
+    record['shard'] = f'{shard.index}/{shard.count}'
   print(json.dumps(record | summary.to_json()))
   return command.OK
 

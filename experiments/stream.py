@@ -4,7 +4,8 @@
   arecord -f S16_LE -r 16000 -c 1 -t raw | \
     python -m experiments.stream --checkpoint=DIR --wav=-
 
-`-` is raw PCM on standard input: 16-bit little-endian, mono, 16 kHz.
+`-` is raw PCM on standard input: 16-bit little-endian, mono, at the model's
+rate (16 kHz unless it was trained for another).
 """
 
 from collections.abc import Iterator
@@ -51,6 +52,7 @@ def main(_) -> int:
   recognizer = recognizer_lib.Recognizer.from_checkpoint(
     _CHECKPOINT.value, config=config
   )
+  decode_flags.warn(recognizer.description.model, config)
   stream = streaming.Stream(recognizer)
   shown = ''
   for piece in _pieces(recognizer):

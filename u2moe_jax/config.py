@@ -6,7 +6,9 @@ keys; `from_dict` turns it into these classes, and the library sees only them.
 """
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
+import re
 import types
 import typing
 from typing import Any
@@ -22,6 +24,8 @@ Position = Literal['rel_pos', 'abs_pos', 'no_pos', 'rope_pos']
 ConvNorm = Literal['layer_norm', 'batch_norm', 'rms_norm']
 Activation = Literal['swish', 'relu', 'gelu']
 Schedule = Literal['warmup_inverse_sqrt', 'cosine', 'constant']
+WorkerType = Literal['thread', 'process']
+RematPolicy = Literal['nothing', 'dots']
 DecodingMode = Literal[
   'ctc_greedy_search',
   'ctc_prefix_beam_search',
@@ -55,9 +59,53 @@ def _require_rate(owner: str, **rates: float) -> None:
     )
 
 
+def _require_share(owner: str, **shares: float) -> None:
+  for key, value in shares.items():
+    _require(
+      0.0 <= value <= 1.0, f'{owner}.{key} is {value}; it must be in [0, 1]'
+    )
+
+
+def _require_range(owner: str, **ranges: tuple[float, ...]) -> None:
+  for key, value in ranges.items():
+    _require(
+      len(value) == 2 and value[0] <= value[1],
+      f'{owner}.{key} is {value}; it must be (lowest, highest)',
+    )
+
+
 def _require_positive(owner: str, **numbers: float) -> None:
   for key, value in numbers.items():
     _require(value > 0, f'{owner}.{key} is {value}; it must be positive')
+
+
+# Feed-forward layers by name: two in an encoder block, one in a decoder's.
+_FFNS = ('macaron', 'final', 'ffn')
+_BLOCKS = re.compile(
+  r'all|(?P<first>\d+)(-(?P<last>\d+))?|every:(?P<period>[1-9]\d*)'
+)
+
+
+def _expert_places(term: str, num_blocks: int) -> set[tuple[int, str]]:
+  """The (block, FFN) pairs of one term of `MoeConfig.where`."""
+  blocks, dot, name = term.rpartition('.')
+  if not dot:
+    blocks, name = ('all', term) if term in _FFNS else (term, '')
+  match = _BLOCKS.fullmatch(blocks)
+  if match is None or name not in (_FFNS if dot else (*_FFNS, '')):
+    raise ConfigError(
+      f'moe.where: {term!r} cannot be read; it takes all, a block (0), blocks '
+      '(6-11) or every:2, with or without a feed-forward layer behind '
+      f'(6-11.final), or one alone ({", ".join(_FFNS)})'
+    )
+  chosen = range(num_blocks)
+  if match['period']:
+    period = int(match['period'])
+    chosen = chosen[period - 1 :: period]
+  elif match['first']:
+    first = int(match['first'])
+    chosen = chosen[first : int(match['last'] or first) + 1]
+  return {(i, ffn) for i in chosen for ffn in ((name,) if name else _FFNS)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +114,10 @@ class MoeConfig:
 
   Attributes:
     num_experts: experts E per layer; 0 for one dense feed-forward layer.
+    where: feed-forward layers with experts, the others are dense: a comma
+      list of blocks (`all`, `0`, `6-11`, or `every:2`: the second, the fourth,
+      ...), with one of their layers behind (`every:2.final`) or without, or
+      of layers (`macaron`, `final`; in a decoder `ffn`).
     top_k: experts J that each frame visits.
     router_type: `topk_softmax` takes the top-k of the raw logits and a softmax
       over the kept ones (U2++ MoE); `softmax_topk` scales each kept expert by
@@ -76,6 +128,7 @@ class MoeConfig:
   """
 
   num_experts: int = 0
+  where: str = 'all'
   top_k: int = 2
   router_type: RouterType = 'topk_softmax'
   executor: Executor = 'auto'
@@ -87,12 +140,43 @@ class MoeConfig:
     _require_choice('moe', 'executor', self.executor, Executor)
     _require_positive('moe', capacity_factor=self.capacity_factor)
     _require(self.num_experts >= 0, 'moe.num_experts must not be negative')
+    self.placed(0, ())  # raises for what cannot be read
     if self.num_experts:
       _require(
         1 <= self.top_k <= self.num_experts,
         f'moe.top_k is {self.top_k}; it must be between 1 and '
         f'moe.num_experts={self.num_experts}',
       )
+
+  def placed(
+    self, num_blocks: int, ffns: Sequence[str]
+  ) -> tuple[tuple[str, ...], ...]:
+    """For each block of a stack, its feed-forward layers with experts.
+
+    Args:
+      num_blocks: blocks of the stack.
+      ffns: what each block has, in the order of the pass.
+
+    Raises:
+      ConfigError: if `where` cannot be read.
+    """
+    chosen = {
+      place
+      for term in self.where.split(',')
+      for place in _expert_places(term.strip(), num_blocks)
+    }
+    return tuple(
+      tuple(f for f in ffns if self.num_experts and (i, f) in chosen)
+      for i in range(num_blocks)
+    )
+
+  def require_some(self, owner: str, placed: Sequence[Sequence[str]]) -> None:
+    """Raises ConfigError if there are experts, and no layer to have them."""
+    _require(
+      not self.num_experts or any(placed),
+      f'{owner}.moe.where={self.where!r} chooses no feed-forward layer of its '
+      f'{len(placed)} block(s)',
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,12 +202,15 @@ class EncoderConfig:
     use_dynamic_chunk: train with random chunk sizes (U2).
     use_dynamic_left_chunk: also draw the number of left chunks.
     static_chunk_size: fixed training chunk when not dynamic; 0 for none.
-    moe: the experts of both feed-forward layers of every block.
+    moe: the experts of the feed-forward layers; of both in every block, if
+      `moe.where` does not choose.
     dropout: residual and feed-forward dropout.
     attention_dropout: dropout on attention weights.
     positional_dropout: dropout after the position encoding.
     scan_blocks: compile one block and scan it; False unrolls.
     remat: recompute block activations in the backward pass.
+    remat_policy: what `remat` keeps anyway: nothing, or the results of dots,
+      the dear part, so that only the cheap rest is recomputed.
   """
 
   num_blocks: int = 12
@@ -148,12 +235,14 @@ class EncoderConfig:
   positional_dropout: float = 0.1
   scan_blocks: bool = True
   remat: bool = False
+  remat_policy: RematPolicy = 'nothing'
 
   def __post_init__(self):
     _require_choice('encoder', 'subsampling', self.subsampling, Subsampling)
     _require_choice('encoder', 'position', self.position, Position)
     _require_choice('encoder', 'conv_norm', self.conv_norm, ConvNorm)
     _require_choice('encoder', 'activation', self.activation, Activation)
+    _require_choice('encoder', 'remat_policy', self.remat_policy, RematPolicy)
     _require_positive(
       'encoder',
       num_blocks=self.num_blocks,
@@ -178,6 +267,13 @@ class EncoderConfig:
       f'encoder.conv_kernel={self.conv_kernel} must be odd when '
       'encoder.causal_conv is false',
     )
+    self.moe.require_some('encoder', self.expert_ffns)
+
+  @property
+  def expert_ffns(self) -> tuple[tuple[str, ...], ...]:
+    """For each block its layers with experts, of `macaron` and `final`."""
+    ffns = ('macaron', 'final') if self.macaron else ('final',)
+    return self.moe.placed(self.num_blocks, ffns)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -190,13 +286,15 @@ class DecoderConfig:
     num_heads: attention heads.
     ffn_dim: hidden width of each feed-forward layer or expert.
     activation: activation of the feed-forward layers.
-    moe: the experts of every feed-forward layer.
+    moe: the experts of every feed-forward layer, or where `moe.where` says;
+      it counts the blocks of each direction.
     dropout: residual and feed-forward dropout.
     self_attention_dropout: dropout on self-attention weights.
     cross_attention_dropout: dropout on cross-attention weights.
     positional_dropout: dropout after the position encoding.
     scan_blocks: compile one layer and scan it; False unrolls.
     remat: recompute layer activations in the backward pass.
+    remat_policy: what `remat` keeps anyway: nothing or dots.
   """
 
   num_blocks: int = 3
@@ -211,9 +309,11 @@ class DecoderConfig:
   positional_dropout: float = 0.1
   scan_blocks: bool = True
   remat: bool = False
+  remat_policy: RematPolicy = 'nothing'
 
   def __post_init__(self):
     _require_choice('decoder', 'activation', self.activation, Activation)
+    _require_choice('decoder', 'remat_policy', self.remat_policy, RematPolicy)
     _require_positive('decoder', num_heads=self.num_heads, ffn_dim=self.ffn_dim)
     _require(self.num_blocks >= 0, 'decoder.num_blocks must not be negative')
     _require(
@@ -227,6 +327,12 @@ class DecoderConfig:
       cross_attention_dropout=self.cross_attention_dropout,
       positional_dropout=self.positional_dropout,
     )
+    if self.num_blocks:
+      self.moe.require_some('decoder', self.expert_ffns(self.num_blocks))
+
+  def expert_ffns(self, num_blocks: int) -> tuple[tuple[str, ...], ...]:
+    """For each block of a direction `('ffn',)` if it has experts, or `()`."""
+    return self.moe.placed(num_blocks, ('ffn',))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -280,6 +386,22 @@ class ModelConfig:
     """The resolved end-of-sentence id."""
     return self.eos_id if self.eos_id >= 0 else self.vocab_size - 1
 
+  @property
+  def expert_blocks(self) -> dict[str, tuple[int, ...]]:
+    """Blocks with experts by layer, such as `encoder.final`."""
+    decoder = self.decoder
+    stacks = {
+      'encoder': self.encoder.expert_ffns,
+      'forward_decoder': decoder.expert_ffns(decoder.num_blocks),
+      'backward_decoder': decoder.expert_ffns(decoder.num_reverse_blocks),
+    }
+    return {
+      f'{stack}.{ffn}': tuple(i for i, own in enumerate(placed) if ffn in own)
+      for stack, placed in stacks.items()
+      for ffn in _FFNS
+      if any(ffn in own for own in placed)
+    }
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FeatureConfig:
@@ -293,6 +415,11 @@ class FeatureConfig:
     low_freq: lowest filter edge in Hz; the highest is the Nyquist frequency.
     dither: standard deviation of the noise added to int16-scaled samples, in
       training only.
+    mel_floor: smallest mel energy before the logarithm, on the int16 scale.
+      Kaldi's is float32 epsilon, and a recording never gets there; in digital
+      silence (synthetic or gated speech) it lies 20 nats below any noise, and
+      far from what a model trained with dither has seen; 1000 is about the
+      energy of one least significant bit.
   """
 
   sample_rate: int = 16000
@@ -301,6 +428,17 @@ class FeatureConfig:
   frame_shift_ms: float = 10.0
   low_freq: float = 20.0
   dither: float = 1.0
+  mel_floor: float = 1.1920929e-07
+
+  def __post_init__(self):
+    _require_positive(
+      'features',
+      sample_rate=self.sample_rate,
+      num_mel_bins=self.num_mel_bins,
+      frame_length_ms=self.frame_length_ms,
+      frame_shift_ms=self.frame_shift_ms,
+      mel_floor=self.mel_floor,
+    )
 
   @property
   def window_samples(self) -> int:
@@ -315,10 +453,21 @@ class FeatureConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-  """Feature augmentation; each count 0 switches its kind off.
+  """Augmentation in training; each count or probability 0 switches a kind off.
 
   Attributes:
     speeds: speed factors, one drawn per utterance and epoch by the batch plan.
+    reverb_probability: share of the utterances that get reverberation.
+    reverb: where impulse responses come from: `room` makes them, anything
+      else is a manifest (JSON lines with `wav`); commas join several.
+    reverb_seconds: shortest and longest reverberation time (RT60) of `room`.
+    noise_probability: share of the utterances that get noise.
+    noise: where noise comes from: `white`, `pink` and `brown` are made,
+      `babble` is other utterances of the corpus, anything else is a manifest;
+      commas join several, drawn evenly.
+    noise_snr: lowest and highest signal-to-noise ratio, dB.
+    volume_probability: share of the utterances whose level is changed.
+    volume_db: lowest and highest gain, dB.
     num_time_masks: SpecAugment masks over time.
     max_time_mask: widest of them, frames.
     num_freq_masks: SpecAugment masks over mel bins.
@@ -329,6 +478,14 @@ class AugmentConfig:
   """
 
   speeds: tuple[float, ...] = (0.9, 1.0, 1.1)
+  reverb_probability: float = 0.0
+  reverb: str = 'room'
+  reverb_seconds: tuple[float, ...] = (0.1, 0.6)
+  noise_probability: float = 0.0
+  noise: str = 'white,pink,brown,babble'
+  noise_snr: tuple[float, ...] = (5.0, 20.0)
+  volume_probability: float = 0.0
+  volume_db: tuple[float, ...] = (-10.0, 6.0)
   num_time_masks: int = 2
   max_time_mask: int = 50
   num_freq_masks: int = 2
@@ -337,30 +494,66 @@ class AugmentConfig:
   max_substitution: int = 30
   max_trim: int = 0
 
+  def __post_init__(self):
+    _require_share(
+      'augment',
+      reverb_probability=self.reverb_probability,
+      noise_probability=self.noise_probability,
+      volume_probability=self.volume_probability,
+    )
+    _require_range(
+      'augment',
+      reverb_seconds=self.reverb_seconds,
+      noise_snr=self.noise_snr,
+      volume_db=self.volume_db,
+    )
+    _require_positive('augment', reverb_seconds=self.reverb_seconds[0])
+    for speed in self.speeds:
+      _require_positive('augment', speeds=speed)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
   """Where the data is and how it becomes batches.
 
   Attributes:
-    train: manifest (JSON lines) or prepared dataset folder; commas join many.
+    train: manifest (JSON lines) or prepared dataset folder; commas join many,
+      and `A*0.7,B*0.3` mixes them by share (`data_pipelines/mixing.py`).
     dev: the same, for choosing checkpoints.
     test: the same, for reporting.
     tokens: folder of the token table; empty means derive one from `train`.
     token_type: char, bpe or bytes, for a derived table.
     num_tokens: size of a derived BPE table, special tokens included.
+    double_letters: in a derived char table, a doubled letter (the EE of THREE)
+      is one token, so that CTC needs no blank inside of it.
     cmvn: CMVN statistics file; empty means compute from `train`.
     features: the filterbank.
     augment: feature augmentation, training only.
     batch_frames: frame budget of a batch; the padded batch never exceeds it.
     max_batch_size: most utterances in a batch.
-    num_buckets: length buckets, that is compiled shapes.
+    batch_sizes: utterances in a batch of each bucket by frames, short ones
+      first, as `profile_buckets` finds them; empty: as many as the two keys
+      above let.
+    num_buckets: length buckets by frames.
+    num_token_buckets: buckets by tokens within each of them; at most
+      `num_buckets * num_token_buckets` shapes are compiled.
     min_seconds: shorter utterances are left out, with a reason.
     max_seconds: longer utterances are left out, with a reason.
     max_tokens: utterances with more tokens are left out, with a reason.
+    min_tokens: utterances with fewer tokens are left out, with a reason.
+    skip_unknown: leave out utterances with a token that the table lacks, with
+      a reason; else it becomes <unk>, with a warning.
+    max_skipped: largest share of the utterances that may be left out, for
+      whatever reason; beyond it training stops and tells the reasons.
+    plan_epochs: epochs whose batches are planned together, so that what does
+      not fill a batch waits for the next epoch; 0 chooses: 1 for a corpus that
+      fills every bucket many times an epoch, up to 20 for a small one.
     short_first_epochs: epochs that go from short to long utterances, which
       gets CTC past its all-blank start (Deep Speech 2, arXiv 1512.02595, 3.3).
-    num_workers: threads that prepare batches ahead.
+    num_workers: threads or processes that prepare batches ahead; 0: none, a
+      batch is made when it is asked for.
+    worker_type: thread or process; processes cost memory and seconds to
+      start, and pay where many cores are fed.
   """
 
   train: str = ''
@@ -369,31 +562,46 @@ class DataConfig:
   tokens: str = ''
   token_type: Literal['char', 'bpe', 'bytes'] = 'char'
   num_tokens: int = 5000
+  double_letters: bool = False
   cmvn: str = ''
   features: FeatureConfig = dataclasses.field(default_factory=FeatureConfig)
   augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
   batch_frames: int = 16000
   max_batch_size: int = 64
-  num_buckets: int = 8
+  batch_sizes: tuple[int, ...] = ()
+  num_buckets: int = 12
+  num_token_buckets: int = 1
   min_seconds: float = 0.1
   max_seconds: float = 30.0
   max_tokens: int = 400
+  min_tokens: int = 1
+  skip_unknown: bool = False
+  max_skipped: float = 0.5
+  plan_epochs: int = 0
   short_first_epochs: int = 0
   num_workers: int = 2
+  worker_type: WorkerType = 'thread'
 
   def __post_init__(self):
     _require_choice(
       'data', 'token_type', self.token_type, Literal['char', 'bpe', 'bytes']
     )
+    _require_choice('data', 'worker_type', self.worker_type, WorkerType)
     _require_positive(
       'data',
       batch_frames=self.batch_frames,
       max_batch_size=self.max_batch_size,
       num_buckets=self.num_buckets,
+      num_token_buckets=self.num_token_buckets,
       num_tokens=self.num_tokens,
       max_seconds=self.max_seconds,
       max_tokens=self.max_tokens,
     )
+    _require_share('data', max_skipped=self.max_skipped)
+    for size in self.batch_sizes:
+      _require_positive('data', batch_sizes=size)
+    for key in ('plan_epochs', 'num_workers', 'min_tokens'):
+      _require(getattr(self, key) >= 0, f'data.{key} must not be negative')
     _require(
       self.min_seconds < self.max_seconds,
       'data.min_seconds must be below data.max_seconds',
@@ -409,7 +617,7 @@ class OptimizerConfig:
     learning_rate: peak rate, reached at `warmup_steps`.
     schedule: warmup_inverse_sqrt (the reference's warmuplr), cosine (to
       `final_rate_share` of the peak at `train.num_steps`) or constant.
-    warmup_steps: linear warm-up.
+    warmup_steps: linear warm-up; 0 for none.
     final_rate_share: where cosine ends, as a share of the peak.
     beta1: first-moment decay.
     beta2: second-moment decay.
@@ -417,7 +625,10 @@ class OptimizerConfig:
     weight_decay: AdamW decay, on matrices only (not biases, norms, embeddings
       of positions).
     clip_norm: global gradient-norm clip; 0 for none.
-    accumulate: batches whose gradients are averaged into one update.
+    accumulate: batches whose gradients are averaged into one update, each
+      weighed by its utterances.
+    ema_decay: decay of the exponential moving average of the parameters,
+      which is then what is evaluated, decoded and averaged; 0 for none.
   """
 
   name: Literal['adamw', 'adam'] = 'adamw'
@@ -431,6 +642,7 @@ class OptimizerConfig:
   weight_decay: float = 0.01
   clip_norm: float = 5.0
   accumulate: int = 1
+  ema_decay: float = 0.0
 
   def __post_init__(self):
     _require_choice('optimizer', 'name', self.name, Literal['adamw', 'adam'])
@@ -438,8 +650,12 @@ class OptimizerConfig:
     _require_positive(
       'optimizer',
       learning_rate=self.learning_rate,
-      warmup_steps=self.warmup_steps,
       accumulate=self.accumulate,
+    )
+    _require_rate('optimizer', ema_decay=self.ema_decay)
+    _require(
+      self.warmup_steps >= 0,
+      f'optimizer.warmup_steps is {self.warmup_steps}; it must not be negative',
     )
 
 
@@ -460,9 +676,16 @@ class TrainConfig:
     log_every: steps between metric lines.
     save_every: steps between checkpoints, each with a dev evaluation.
     keep_last: newest checkpoints kept.
+    keep_every: steps at whose multiples a checkpoint is kept for good; 0: none.
     average_best: best checkpoints (dev WER) kept, and averaged into `model/`.
     init_from: model directory to start from; empty for random.
+    trainable: parameters that train, a comma list of groups and path patterns
+      (`training/parameters.py`); empty for all.
+    freeze_steps: steps after which all the others train too; 0: never.
+    idle_expert_steps: warn of an expert that no frame visits for so many
+      steps; 0: never.
     skip_nonfinite: skip updates whose loss or gradient is not finite.
+    max_nonfinite: such updates in a row that stop training; 0: any number.
   """
 
   seed: int = 777
@@ -476,9 +699,14 @@ class TrainConfig:
   log_every: int = 20
   save_every: int = 1000
   keep_last: int = 2
+  keep_every: int = 0
   average_best: int = 5
   init_from: str = ''
+  trainable: str = ''
+  freeze_steps: int = 0
+  idle_expert_steps: int = 1000
   skip_nonfinite: bool = True
+  max_nonfinite: int = 20
 
   def __post_init__(self):
     for key in ('ctc_weight', 'reverse_weight'):
@@ -487,6 +715,14 @@ class TrainConfig:
         0.0 <= value <= 1.0, f'train.{key} is {value}; it must be in [0, 1]'
       )
     _require_rate('train', label_smoothing=self.label_smoothing)
+    for key in (
+      'keep_every',
+      'freeze_steps',
+      'idle_expert_steps',
+      'max_nonfinite',
+    ):
+      value = getattr(self, key)
+      _require(value >= 0, f'train.{key} is {value}; it must not be negative')
     _require_positive(
       'train',
       num_steps=self.num_steps,
@@ -544,6 +780,9 @@ class DecodeConfig:
     length_penalty: attention search divides by length ** length_penalty.
     blank_penalty: subtracted from the blank logit before the softmax.
     batch_seconds: padded audio per decoding batch.
+    hotwords: file of phrases that the prefix beam search is drawn to, one a
+      line, a tab and its own score behind it if wanted; empty for none.
+    hotword_score: bonus per token of a hotword, a log-prob.
   """
 
   mode: DecodingMode = 'attention_rescoring'
@@ -556,6 +795,8 @@ class DecodeConfig:
   length_penalty: float = 0.0
   blank_penalty: float = 0.0
   batch_seconds: float = 120.0
+  hotwords: str = ''
+  hotword_score: float = 3.0
 
   def __post_init__(self):
     _require_choice('decode', 'mode', self.mode, DecodingMode)
@@ -574,6 +815,7 @@ class DecodeConfig:
       beam=self.beam,
       nbest=self.nbest,
       batch_seconds=self.batch_seconds,
+      hotword_score=self.hotword_score,
     )
     _require(
       self.nbest <= self.beam,

@@ -1,1 +1,1 @@
-"""One adapter per corpus."""
+"""One adapter per kind of corpus; see `data_pipelines.sources`."""

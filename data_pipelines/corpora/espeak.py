@@ -236,7 +236,7 @@ def build(
   scripts = write_scripts(
     seed=seed, num_train=num_train, num_dev=num_dev, num_test=num_test
   )
-  _library_path()  # says at once, and not in a worker, what is missing
+  require_engine()  # says at once, and not in a worker, what is missing
   order: tuple[Split, ...] = ('train', 'dev', 'test')
   todo = [(split, script) for split in order for script in scripts[split]]
   recordings = _record_all([script for _, script in todo], num_workers)
@@ -270,13 +270,19 @@ def record(script: Script) -> tfds_dataset.Recording:
     samples = samples + np.sqrt(power) * _noise(script.noise, len(samples), rng)
   peak = 10 ** (rng.uniform(*_PEAK_DB) / 20)
   samples = samples * (peak / np.abs(samples).max())
-  extra = {
+  pcm = np.round(samples * np.iinfo(np.int16).max).astype(np.int16)
+  return tfds_dataset.Recording(
+    script.key, script.txt, pcm, SAMPLE_RATE, describe(script)
+  )
+
+
+def describe(script: Script) -> dict[str, Any]:
+  """What is known of a script besides its text."""
+  return {
     'speaker': script.style.voice,
     'noise': script.noise,
     'snr': script.snr,
   }
-  pcm = np.round(samples * np.iinfo(np.int16).max).astype(np.int16)
-  return tfds_dataset.Recording(script.key, script.txt, pcm, SAMPLE_RATE, extra)
 
 
 def _say(text: str, style: Style) -> Float[np.ndarray, 'samples']:
@@ -422,6 +428,11 @@ def _require_unloaded(path: str) -> None:
 
 def _unload(library: ctypes.CDLL) -> None:
   ctypes.CDLL(None).dlclose(ctypes.c_void_p(library._handle))
+
+
+def require_engine() -> None:
+  """Raises EngineError if the engine's package is not installed."""
+  _library_path()
 
 
 def _library_path() -> tuple[str, str]:

@@ -10,6 +10,7 @@ import numpy as np
 from experiments.benchmarks import harness
 from u2moe_jax import config as config_lib
 from u2moe_jax.checkpoint import directory
+from u2moe_jax.decoding import batching
 from u2moe_jax.decoding import recognizer as recognizer_lib
 from u2moe_jax.decoding import streaming
 
@@ -38,7 +39,7 @@ def run(
     rate = recognizer.description.features.sample_rate
     features = recognizer.features(_noise(seconds, rate))
     # Padded to the batch as it is: a benchmark should not time padding.
-    padded = recognizer_lib.PaddedBatch(
+    padded = batching.PaddedBatch(
       indices=tuple(range(batch)),
       features=np.stack([features] * batch),
       lengths=np.full((batch,), len(features), np.int32),

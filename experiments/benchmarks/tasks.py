@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import functools
 from typing import Any
 
+from experiments.benchmarks import data
 from experiments.benchmarks import decode
 from experiments.benchmarks import harness
 from experiments.benchmarks import moe
@@ -21,6 +22,7 @@ _TASKS: dict[str, Task] = {
   'train': train.run,
   'search': search.run,
   'moe': moe.run,
+  'data': data.run,
 }
 
 

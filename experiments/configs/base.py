@@ -1,5 +1,8 @@
 """Config classes as `ConfigDict`s, so that absl flags can override keys."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import ml_collections
 
 from u2moe_jax import config as config_lib
@@ -7,9 +10,21 @@ from u2moe_jax import config as config_lib
 
 def config_dict(config: config_lib.Config) -> ml_collections.ConfigDict:
   """Turns a config into a locked ConfigDict with the same tree."""
-  result = ml_collections.ConfigDict(config_lib.to_dict(config))
+  result = ml_collections.ConfigDict(_with_tuples(config_lib.to_dict(config)))
   result.lock()
   return result
+
+
+def _with_tuples(tree: Mapping[str, Any]) -> dict[str, Any]:
+  """Turns lists into tuples, which flags can override."""
+  return {
+    key: _with_tuples(value)
+    if isinstance(value, Mapping)
+    else tuple(value)
+    if isinstance(value, list)
+    else value
+    for key, value in tree.items()
+  }
 
 
 def u2pp(

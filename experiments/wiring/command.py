@@ -1,6 +1,7 @@
 """How every script starts and ends: one line for bad input, an exit code."""
 
 from collections.abc import Callable
+import logging as standard_logging
 import sys
 from typing import Any
 
@@ -9,20 +10,22 @@ from absl import flags
 from absl import logging
 
 from u2moe_jax import config as config_lib
+from u2moe_jax.training import errors
 
 OK = 0
 FAILED = 1  # a check said no
 BAD_INPUT = 2  # a flag, key, file or line cannot be used; one line says which
 INTERRUPTED = 3  # stopped by a signal, after saving
 NO_SPACE = 4  # the disk is full or read-only
+GAVE_UP = 5  # numbers that are none, or too little memory: trying again is vain
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
   """Runs an absl main and exits with its code.
 
   A `ValueError` (all of the project's errors about input are) prints one
-  line and exits with BAD_INPUT; anything else is a defect and keeps its
-  traceback.
+  line and exits with BAD_INPUT, an `OSError` with NO_SPACE, a training that
+  gives up with GAVE_UP; anything else is a defect and keeps its traceback.
   """
   app.run(lambda argv: guarded(main, argv), flags_parser=parse_flags)
 
@@ -31,12 +34,35 @@ def guarded(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
   """Calls main and turns errors about input into a line and a code."""
   if not any(arg.startswith(('--verbosity', '-v')) for arg in sys.argv):
     logging.set_verbosity(logging.WARNING)  # Orbax tells a lot at INFO
+    logging.get_absl_logger().addFilter(_is_no_repetition)
+    sys.unraisablehook = _tell_unraisable
   try:
     return main(argv) or OK
   except ValueError as error:
     return _complain(error, BAD_INPUT)
   except OSError as error:
     return _complain(error, NO_SPACE)
+  except errors.GaveUpError as error:
+    return _complain(error, GAVE_UP)
+
+
+def _is_no_repetition(record: Any) -> bool:
+  """Drops tracebacks of failed saves from threads of Orbax.
+
+  The store raises the same error where it can be handled, and it is told then.
+  """
+  return (
+    record.levelno < standard_logging.ERROR or '/orbax/' not in record.pathname
+  )
+
+
+def _tell_unraisable(error: Any) -> None:
+  """Passes over what a failed read or write of Orbax leaves behind.
+
+  Its other reads go on, and end when nobody listens any more.
+  """
+  if str(error.exc_value) != 'Event loop is closed':
+    sys.__unraisablehook__(error)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

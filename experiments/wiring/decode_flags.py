@@ -1,6 +1,7 @@
 """Flags that make a DecodeConfig, shared by decode and stream."""
 
 from absl import flags
+from absl import logging
 
 from u2moe_jax import config as config_lib
 
@@ -35,6 +36,14 @@ def define(*, mode: str = _DEFAULT.mode, chunk_size: int = -1) -> None:
   flags.DEFINE_float(
     'batch_seconds', _DEFAULT.batch_seconds, 'Padded sound per batch.'
   )
+  flags.DEFINE_string(
+    'hotwords',
+    _DEFAULT.hotwords,
+    'File of phrases to listen for, one a line (optional: tab, score).',
+  )
+  flags.DEFINE_float(
+    'hotword_score', _DEFAULT.hotword_score, 'Bonus per token of a hotword.'
+  )
 
 
 def config() -> config_lib.DecodeConfig:
@@ -55,4 +64,16 @@ def config() -> config_lib.DecodeConfig:
     length_penalty=values.length_penalty,
     blank_penalty=values.blank_penalty,
     batch_seconds=values.batch_seconds,
+    hotwords=values.hotwords,
+    hotword_score=values.hotword_score,
   )
+
+
+def warn(
+  model: config_lib.ModelConfig, config: config_lib.DecodeConfig
+) -> None:
+  """Says what of the settings the model was never trained for."""
+  from u2moe_jax.decoding import recognizer
+
+  for line in recognizer.cautions(config, model):
+    logging.warning('%s; expect more errors', line)

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sequence
+from concurrent import futures
 import dataclasses
 import functools
-import json
 import os
-import pathlib
 import time
 from typing import Any
 
@@ -18,6 +18,8 @@ import tqdm
 from data_pipelines import manifest
 from data_pipelines import sources
 from experiments.wiring import timing
+from experiments.wiring import transcripts
+from u2moe_jax import config as config_lib
 from u2moe_jax.decoding import recognizer as recognizer_lib
 from u2moe_jax.decoding import streaming
 from u2moe_jax.frontend import audio
@@ -25,8 +27,9 @@ from u2moe_jax.text import scoring
 
 # Sound is fed to a stream in pieces of this length, as a microphone would.
 _PIECE_SECONDS = 0.1
-# Utterances held in memory at once.
-_GROUP = 512
+# Of settings that change no result.
+_FREE_SETTINGS = ('batch_seconds',)
+_MOST_NAMED = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,74 +84,120 @@ class Summary:
     }
 
 
-@dataclasses.dataclass
-class Clock:
-  """Work and sound so far."""
+@dataclasses.dataclass(frozen=True)
+class _Loaded:
+  """One utterance on its way in: features, or a reason."""
 
-  work: float = 0.0
+  index: int
+  features: np.ndarray | None = None
+  failed: str = ''
   sound: float = 0.0
-  failed: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+  work: float = 0.0
 
 
 def decode(
-  recognizer: recognizer_lib.Recognizer, source: sources.Source, clock: Clock
-) -> Iterator[Decoded]:
-  """Decodes a source in padded batches; yields in the source's order.
+  recognizer: recognizer_lib.Recognizer,
+  source: sources.Source,
+  indices: Sequence[int],
+) -> Iterator[list[transcripts.Entry]]:
+  """Decodes utterances of like length together, the longest first.
 
-  An utterance whose sound cannot be used is left out and noted in
-  `clock.failed`.
+  Long ones come first so that too little memory shows at once.
+
+  Args:
+    recognizer: model and settings.
+    source: utterances.
+    indices: which of them.
+
+  Yields:
+    One batch after the other. An utterance whose sound cannot be used has the
+    reason in its entry.
   """
-  for start in range(0, len(source), _GROUP):
-    loaded = list(
-      _load(source, range(start, min(start + _GROUP, len(source))), clock)
-    )
-    features = []
-    for _, samples in loaded:
-      frames, seconds = timing.warm(
-        functools.partial(recognizer.features, samples)
+  seconds = [source.utterances[index].duration or 0.0 for index in indices]
+  groups = [[indices[i] for i in group] for group in recognizer.plan(seconds)][
+    ::-1
+  ]
+  load = functools.partial(_load, recognizer, source)
+  with futures.ThreadPoolExecutor(max_workers=1) as ahead:
+    coming = None
+    for number, group in enumerate(groups):
+      loaded = _load_all(load, group) if coming is None else coming.result()
+      if number + 1 < len(groups):
+        following = groups[number + 1]
+        coming = ahead.submit(_load_all, load, following)
+      yield [_failed(source, item) for item in loaded if item.failed]
+      usable = [item for item in loaded if item.features is not None]
+      yield from _decode_group(recognizer, source, usable)
+
+
+def _load_all(load, indices) -> list[_Loaded]:
+  return [load(index) for index in indices]
+
+
+def _decode_group(recognizer, source, loaded):
+  """Mostly one batch; more if the durations in the list are not true."""
+  for batch in recognizer.batches([item.features for item in loaded]):
+    found, seconds = timing.warm(functools.partial(recognizer.search, batch))
+    share = seconds / len(batch.indices)
+    yield [
+      transcripts.Entry(
+        index=loaded[i].index,
+        key=source.utterances[loaded[i].index].key,
+        transcript=transcript,
+        sound=loaded[i].sound,
+        work=loaded[i].work + share,
       )
-      features.append(frames)
-      clock.work += seconds
-    results: list[recognizer_lib.Transcript | None] = [None] * len(loaded)
-    for batch in recognizer.batches(features):
-      found, seconds = timing.warm(functools.partial(recognizer.search, batch))
-      clock.work += seconds
-      for index, transcript in zip(batch.indices, found, strict=True):
-        results[index] = transcript
-    for (utterance, samples), result in zip(loaded, results, strict=True):
-      assert result is not None  # every batch fills its own
-      yield Decoded(utterance, result, _seconds(recognizer, samples))
+      for i, transcript in zip(batch.indices, found, strict=True)
+    ]
+
+
+def _load(recognizer, source, index) -> _Loaded:
+  try:
+    samples = source.load(index)
+  except audio.AudioError as error:
+    return _Loaded(index, failed=f'{error.reason}: {error}')
+  features, seconds = _timed(functools.partial(recognizer.features, samples))
+  sound = _seconds(recognizer, samples)
+  return _Loaded(index, features, sound=sound, work=seconds)
+
+
+def _failed(source, item: _Loaded) -> transcripts.Entry:
+  key = source.utterances[item.index].key
+  return transcripts.Entry(item.index, key, None, failed=item.failed)
 
 
 def _seconds(recognizer, samples) -> float:
   return len(samples) / recognizer.description.features.sample_rate
 
 
-def _load(source, indices, clock):
+def decode_streaming(
+  recognizer: recognizer_lib.Recognizer,
+  source: sources.Source,
+  indices: Sequence[int],
+) -> Iterator[list[transcripts.Entry]]:
+  """Decodes utterances chunk by chunk through the cached streaming path."""
   for index in indices:
-    utterance = source.utterances[index]
+    key = source.utterances[index].key
     try:
       samples = source.load(index)
     except audio.AudioError as error:
-      clock.failed.append((utterance.key, str(error)))
+      reason = f'{error.reason}: {error}'
+      yield [transcripts.Entry(index, key, None, failed=reason)]
       continue
-    clock.sound += len(samples) / 16000
-    yield utterance, samples
-
-
-def decode_streaming(
-  recognizer: recognizer_lib.Recognizer, source: sources.Source, clock: Clock
-) -> Iterator[Decoded]:
-  """Decodes a source chunk by chunk through the cached streaming path."""
-  for utterance, samples in _load(source, range(len(source)), clock):
     result, seconds = timing.warm(
       functools.partial(_stream, recognizer, samples)
     )
-    clock.work += seconds
     transcript, chunk_ms = result
-    yield Decoded(
-      utterance, transcript, _seconds(recognizer, samples), chunk_ms
-    )
+    yield [
+      transcripts.Entry(
+        index,
+        key,
+        transcript,
+        sound=_seconds(recognizer, samples),
+        work=seconds,
+        chunk_ms=chunk_ms,
+      )
+    ]
 
 
 def _stream(recognizer, samples):
@@ -170,22 +219,27 @@ def _timed(function: Callable[[], Any]) -> tuple[Any, float]:
   return result, time.perf_counter() - begun
 
 
-def summarise(decoded: Sequence[Decoded], clock: Clock) -> Summary:
+def summarise(
+  source: sources.Source, entries: Sequence[transcripts.Entry]
+) -> Summary:
   """Corpus-level scores; both sides normalised the same way."""
+  done = [each for each in entries if each.transcript is not None]
   pairs = [
     (
-      scoring.normalise(each.utterance.txt),
+      scoring.normalise(source.utterances[each.index].txt),
       scoring.normalise(each.transcript.text),
     )
-    for each in decoded
+    for each in done
+    if each.transcript is not None
   ]
+  sound = sum(each.sound for each in done)
   return Summary(
     words=scoring.corpus_errors(pairs),
     characters=scoring.corpus_errors(pairs, unit='character'),
-    utterances=len(decoded),
-    rtf=clock.work / max(clock.sound, 1e-9),
-    failed=len(clock.failed),
-    chunk_ms=tuple(ms for each in decoded for ms in each.chunk_ms),
+    utterances=len(done),
+    rtf=sum(each.work for each in done) / max(sound, 1e-9),
+    failed=len(entries) - len(done),
+    chunk_ms=tuple(ms for each in done for ms in each.chunk_ms),
   )
 
 
@@ -195,64 +249,95 @@ def run(
   *,
   streamed: bool = False,
   out: str | os.PathLike[str] | None = None,
+  format_name: str = 'jsonl',
+  shard: transcripts.Shard | None = None,
+  identity: Mapping[str, Any] | None = None,
 ) -> tuple[Summary, list[Decoded]]:
-  """Decodes and scores a source.
+  """Decodes and scores a source, or one shard of it.
 
   Args:
     recognizer: model and settings.
     source: utterances.
     streamed: take the cached, chunk-by-chunk path.
-    out: JSON-lines file for the transcripts, written whole or not at all.
+    out: file or folder for the transcripts. It is written at the end, in the
+      order of the source; what is done lies beside it until then, and a run
+      that was stopped goes on.
+    format_name: of `out`, one of `transcripts.FORMATS`.
+    shard: the part to do; the process that finishes the last one writes `out`.
+    identity: what else must be the same for a stopped run to go on.
 
   Returns:
-    The scores, and every utterance.
+    The scores and every utterance: of all shards if this process finished
+    last, else of its own.
+
+  Raises:
+    TranscriptError: if `out` cannot be continued by this run.
   """
-  clock = Clock()
-  path = decode_streaming if streamed else decode
-  progress = tqdm.tqdm(
-    path(recognizer, source, clock),
-    total=len(source),
-    unit='utt',
-    disable=None,
-    leave=False,
-  )
-  decoded = list(progress)
-  for key, reason in clock.failed[:10]:
-    logging.warning('left out: %s: %s', key, reason)
+  shard = shard or transcripts.Shard()
+  transcripts.require_format(format_name, recognizer.config.mode)
+  mine = _share(source, shard)
+  parts, done = None, []
   if out is not None:
-    _write(pathlib.Path(out), decoded, recognizer)
-  return summarise(decoded, clock), decoded
+    identity = {**_identity(recognizer, streamed), **(identity or {})}
+    parts = transcripts.Parts(out, identity, shard=shard, total=len(source))
+    done = parts.read()
+  seen = {entry.index for entry in done}
+  left = [index for index in mine if index not in seen]
+  path = decode_streaming if streamed else decode
+  with _progress(len(mine), len(done)) as progress:
+    for entries in path(recognizer, source, left):
+      if parts is not None and entries:
+        parts.append(entries)
+      done += entries
+      progress.update(len(entries))
+  entries = sorted(done, key=lambda entry: entry.index)
+  if out is not None and parts is not None:
+    merged = parts.finish()
+    if merged is not None:
+      entries = merged
+      transcripts.write(out, entries, format_name=format_name)
+      parts.remove()
+  _tell_failed(entries)
+  return summarise(source, entries), _decoded(source, entries)
 
 
-def _write(path, decoded, recognizer) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  unfinished = path.with_name(path.name + '.unfinished')
-  with unfinished.open('w', encoding='utf-8') as file:
-    for each in decoded:
-      line = to_line(each, with_nbest=recognizer.config.nbest > 1)
-      file.write(line + '\n')
-  os.replace(unfinished, path)
+def _share(source: sources.Source, shard: transcripts.Shard) -> list[int]:
+  """The utterances of a shard; all shards get as many of each length."""
+  if shard.count == 1:
+    return list(range(len(source)))
+  key = lambda index: (source.utterances[index].duration or 0.0, index)
+  by_length = sorted(range(len(source)), key=key)
+  return sorted(by_length[shard.index :: shard.count])
 
 
-def to_line(decoded: Decoded, *, with_nbest: bool) -> str:
-  """One transcript as a line of JSON."""
-  transcript = decoded.transcript
-  record: dict[str, Any] = {
-    'key': decoded.utterance.key,
-    'text': transcript.text,
-    'tokens': list(transcript.tokens),
-    'score': _number(transcript.score),
-    'times': list(transcript.times),
-  }
-  if transcript.confidence is not None:
-    record['confidence'] = _number(transcript.confidence)
-  if with_nbest:
-    record['nbest'] = [
-      {'text': a.text, 'tokens': list(a.tokens), 'score': _number(a.score)}
-      for a in transcript.nbest
-    ]
-  return json.dumps(record, ensure_ascii=False)
+def _identity(recognizer, streamed: bool) -> dict[str, Any]:
+  settings = config_lib.to_dict(recognizer.config)
+  for name in _FREE_SETTINGS:
+    settings.pop(name)
+  provenance = dict(recognizer.description.provenance)
+  return {**settings, 'streaming': streamed, 'model': str(provenance)}
 
 
-def _number(value: float) -> float | None:
-  return round(value, 5) if np.isfinite(value) else None
+def _progress(total: int, done: int) -> tqdm.tqdm:
+  return tqdm.tqdm(
+    total=total, initial=done, unit='utt', disable=None, leave=False
+  )
+
+
+def _tell_failed(entries: Sequence[transcripts.Entry]) -> None:
+  failed = [entry for entry in entries if entry.transcript is None]
+  for entry in failed[:_MOST_NAMED]:
+    logging.warning('left out: %s: %s', entry.key, entry.failed)
+
+
+def _decoded(source, entries: Sequence[transcripts.Entry]) -> list[Decoded]:
+  return [
+    Decoded(
+      source.utterances[each.index],
+      each.transcript,
+      each.sound,
+      each.chunk_ms,
+    )
+    for each in entries
+    if each.transcript is not None
+  ]

@@ -49,8 +49,11 @@ def run(
   if not done:
     say('stopped; run again to continue')
     return command.INTERRUPTED
-  recognizer = recognizer_lib.Recognizer.from_checkpoint(workdir)
-  source = sources.open_source(str(corpus), split='test')
+  recognizer = recognizer_lib.Recognizer.from_checkpoint(
+    workdir, config=config.decode
+  )
+  rate = config.data.features.sample_rate
+  source = sources.open_source(str(corpus), split='test', sample_rate=rate)
   results = evaluation.evaluate(recognizer, source, workdir, say=say)
   say('report')
   example = _example(source)

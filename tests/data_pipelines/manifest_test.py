@@ -3,14 +3,17 @@
 import json
 import os
 import pathlib
+import pickle
 import stat
 
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
+import numpy as np
 import pytest
 
 from data_pipelines import manifest
+from u2moe_jax.frontend import audio
 
 _GOOD = '{"key": "a", "wav": "a.wav", "txt": "HELLO"}'
 # JSON has no lone surrogates; blank texts are refused.
@@ -129,3 +132,125 @@ def test_written_manifest_can_be_read_by_others(tmp_path):
   path = tmp_path / 'new/m.jsonl'
   manifest.write(path, [manifest.Utterance('a', 'a.wav', 'A')])
   assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+def _line(**fields):
+  return json.dumps({'key': 'a', 'wav': 'a.wav', 'txt': 'A', **fields}) + '\n'
+
+
+def test_segments_and_byte_ranges_say_where_the_sound_is(tmp_path):
+  lines = (
+    _line()
+    + _line(key='b', start=1, end=2.5)
+    + _line(key='c', start=1.5)
+    + _line(key='d', offset=512, size=99, duration=3)
+  )
+  a, b, c, d = manifest.read(_write(tmp_path, lines))
+  assert (a.part, a.duration) == (audio.WHOLE, None)
+  assert (b.part, b.duration) == (audio.Part(start=1, end=2.5), 1.5)
+  assert (c.part, c.duration) == (audio.Part(start=1.5), None)
+  assert (d.part, d.duration) == (audio.Part(offset=512, size=99), 3.0)
+
+
+@pytest.mark.parametrize('fields', [
+  {'start': 2, 'end': 1}, {'start': 1, 'end': 1}, {'start': -1, 'end': 1},
+])  # fmt: skip
+def test_a_segment_without_sound_is_a_problem(fields, tmp_path):
+  path = _write(tmp_path, _line(duration=1, **fields) + _line(key='b'))
+  for read in (manifest.read, manifest.read_table):
+    bad, good = read(path)
+    assert bad.problem is not None
+    assert bad.problem.reason == 'bad_segment'
+    assert f'{path}:1' in bad.problem.detail
+    assert bad.duration is None
+    assert good.problem is None
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'start': '1'}, "'start' must be seconds"),
+    ({'end': True}, "'end' must be seconds"),
+    ({'offset': 1.5}, "'offset' must be bytes"),
+    ({'size': -1}, "'size' must be bytes"),
+    ({'txt': '\ud800'}, 'surrogate'),
+  ],
+)
+def test_numbers_and_texts_of_other_kinds_are_refused(
+  fields, message, tmp_path
+):
+  with pytest.raises(manifest.ManifestError, match=message):
+    manifest.read_table(_write(tmp_path, _line(**fields)))
+
+
+def test_a_table_is_a_sequence_of_what_read_gives(tmp_path):
+  lines = ''.join(_line(key=f'k{i}', n=i, duration=i) for i in range(5))
+  path = _write(tmp_path, f'\ufeff{lines}\n')
+  expected, table = manifest.read(path), manifest.read_table(path)
+  assert list(table) == expected
+  assert len(table) == 5
+  assert table[-1] == expected[-1]
+  assert table[1:4] == expected[1:4]
+  assert list(pickle.loads(pickle.dumps(table))) == expected
+  assert list(manifest.table(expected)) == expected
+  for index in (5, -6):
+    with pytest.raises(IndexError):
+      table[index]
+
+
+def test_a_fingerprint_tells_lists_apart(tmp_path):
+  tables = [
+    manifest.table([manifest.Utterance('a', '/a.wav', txt)]) for txt in 'AAB'
+  ]
+  names = [table.fingerprint() for table in tables]
+  assert names[0] == names[1] != names[2]
+
+
+def test_measured_durations_fill_only_gaps(tmp_path):
+  lines = _line() + _line(key='b', duration=2) + _line(key='c', start=2, end=1)
+  table = manifest.read_table(_write(tmp_path, lines))
+  assert table.unmeasured() == [0]
+  measured = table.with_durations(np.array([7.0, 9.0, 9.0]))
+  assert [u.duration for u in measured] == [7.0, 2.0, None]
+  assert [u.duration for u in table] == [None, 2.0, None]
+
+
+def test_a_tolerant_reader_names_every_bad_line(tmp_path):
+  data = (
+    _GOOD.encode() + b'\nno json\n'
+    b'{"key": "l", "wav": "l.wav", "txt": "\xff"}\n' + _GOOD.encode()
+  )
+  path = _write(tmp_path, data)
+  table = manifest.read_table(path, tolerant=True)
+  assert [u.problem and u.problem.reason for u in table] == [
+    None,
+    'bad_line',
+    'bad_encoding',
+    'duplicate_key',
+  ]
+  assert [u.key for u in table] == ['a', 'm.jsonl:2', 'l', 'a']
+  assert all(
+    f'{path}:{i + 1}' in u.problem.detail for i, u in enumerate(table) if i
+  )
+  with pytest.raises(manifest.ManifestError, match='m.jsonl:2'):
+    manifest.read_table(path)
+
+
+def test_bad_encoding_alone_stops_only_the_strict_reader(tmp_path):
+  path = _write(tmp_path, b'{"key": "l", "wav": "l", "txt": "\xff"}')
+  (utterance,) = manifest.read_table(path)
+  assert utterance.problem is not None
+  assert utterance.problem.reason == 'bad_encoding'
+  with pytest.raises(manifest.ManifestError, match='not UTF-8'):
+    manifest.read(path)
+
+
+def test_keys_of_one_hash_are_no_repeats():
+  """Two keys may have one hash; only equal keys are found."""
+  keys = ['a', 'b', 'a', 'c', 'b', 'a']
+  expected = {2: 0, 4: 1, 5: 0}
+  assert manifest.repeated([7] * 6, lambda i: keys[i]) == expected
+  assert manifest.repeated([hash(k) for k in keys], lambda i: keys[i]) == (
+    expected
+  )
+  assert manifest.repeated([1, 2, 3], lambda i: keys[i]) == {}

@@ -1,18 +1,24 @@
 """Batches by number: the same in any order, whatever is broken elsewhere."""
 
+import collections
 import dataclasses
 import itertools
+import os
+import pathlib
 import shutil
+import subprocess
+import sys
 import time
+import weakref
 
 import numpy as np
 import pytest
 import soundfile
 
 from data_pipelines import manifest
+from data_pipelines import mixing
 from data_pipelines import pipeline
 from data_pipelines import plan
-from data_pipelines import sources
 from data_pipelines import synthetic
 from u2moe_jax import config as config_lib
 from u2moe_jax.text import tokenizer as tokenizer_lib
@@ -21,8 +27,10 @@ _CONFIG = config_lib.DataConfig(
   features=config_lib.FeatureConfig(num_mel_bins=20),
   batch_frames=400,
   num_buckets=2,
+  plan_epochs=1,
 )
 _COUNT = 14
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(scope='module')
@@ -33,11 +41,17 @@ def folder(tmp_path_factory):
 
 
 def _corpus(folder, config=_CONFIG):
-  source = sources.open_source(str(folder / 'manifest.jsonl'))
+  return _mixed(str(folder / 'manifest.jsonl'), config)
+
+
+def _mixed(spec, config=_CONFIG):
+  mixture = mixing.open_mixture(spec)
   tokenizer = tokenizer_lib.build_char_tokenizer(
-    u.txt for u in source.utterances
+    u.txt for u in mixture.source.utterances
   )
-  return pipeline.Corpus(source, tokenizer, config, rate=4, min_input=7)
+  return pipeline.Corpus(
+    mixture.source, tokenizer, config, rate=4, min_input=7, mixture=mixture
+  )
 
 
 @pytest.fixture(scope='module')
@@ -73,6 +87,285 @@ def test_iterating_from_the_middle_continues(corpus):
   iterator = fresh.iterate(start, num_workers=1)
   for number in range(start, start + 3):
     _assert_same(next(iterator), batches[number])
+
+
+def _take(batches, start, count, **workers):
+  iterator = batches.iterate(start, **workers)
+  return [next(iterator) for _ in range(count)]
+
+
+@pytest.fixture(scope='module')
+def small_blocks(folder):
+  """Batches whose epochs are planned three together."""
+  config = dataclasses.replace(_CONFIG, plan_epochs=3)
+  return lambda: pipeline.TrainBatches(
+    _corpus(folder, config), seed=3, multiple=2
+  )
+
+
+@pytest.mark.parametrize('workers', [0, 1, 4])
+def test_any_number_of_workers_gives_the_same_batches(small_blocks, workers):
+  expected = small_blocks()
+  count = 2 * _epoch_length(expected)
+  for number, batch in enumerate(
+    _take(small_blocks(), 0, count, num_workers=workers)
+  ):
+    _assert_same(batch, expected[number])
+  # Continued in the middle of an epoch, with another number of workers.
+  for start in (1, _epoch_length(expected) + 1):
+    batch, *_ = _take(small_blocks(), start, 1, num_workers=4 - workers)
+    _assert_same(batch, expected[start])
+
+
+def test_processes_give_the_same_batches(small_blocks):
+  expected = small_blocks()
+  start, count = _epoch_length(expected) - 1, 3  # across the end of the epoch
+  found = _take(
+    small_blocks(), start, count, num_workers=2, worker_type='process'
+  )
+  for number, batch in enumerate(found, start):
+    _assert_same(batch, expected[number])
+
+
+def test_another_place_or_seed_gives_other_batches(small_blocks, folder):
+  """The negative control of the laws above."""
+  expected = small_blocks()
+  shifted = _take(small_blocks(), 1, 1, num_workers=1)[0]
+  with pytest.raises(AssertionError):
+    _assert_same(shifted, expected[0])
+  other = pipeline.TrainBatches(_corpus(folder), seed=4, multiple=2)
+  with pytest.raises(AssertionError):
+    _assert_same(other[0], expected[0])
+
+
+def _joined(parts):
+  return {
+    name: np.concatenate([part.arrays[name] for part in parts])
+    for name in parts[0].arrays
+  }
+
+
+@pytest.mark.parametrize('num_workers', [0, 1, 4])
+def test_two_hosts_together_have_the_batches_of_one(folder, num_workers):
+  one = pipeline.TrainBatches(_corpus(folder), seed=3, multiple=2)
+  count = _epoch_length(one) + 1
+  hosts = [
+    _take(
+      pipeline.TrainBatches(
+        _corpus(folder), seed=3, multiple=2, host_index=host, num_hosts=2
+      ),
+      0,
+      count,
+      num_workers=num_workers,
+    )
+    for host in range(2)
+  ]
+  loaded = 0
+  for number, parts in enumerate(zip(*hosts, strict=True)):
+    whole = one[number]
+    assert parts[0].keys + parts[1].keys == whole.keys
+    assert sum(part.seconds for part in parts) == pytest.approx(whole.seconds)
+    for name, array in _joined(parts).items():
+      np.testing.assert_array_equal(array, whole.arrays[name])
+    # Each host has loaded its own rows and no more.
+    assert not set(parts[0].keys) & set(parts[1].keys)
+    loaded += len(parts[0].keys)
+    swapped = _joined(parts[::-1])['features']
+    assert not np.array_equal(swapped, whole.arrays['features'])
+  assert 0 < loaded < count * max(b.batch_size for b in one.buckets)
+
+
+def test_hosts_need_batches_they_can_share(corpus):
+  with pytest.raises(ValueError, match='host 0 of 2'):
+    pipeline.TrainBatches(corpus, seed=3, multiple=3, num_hosts=2)
+
+
+_PROBE = """
+import sys
+import numpy as np
+from data_pipelines import manifest, pipeline
+from u2moe_jax import config as config_lib
+from u2moe_jax.frontend import audio
+from u2moe_jax.text import tokenizer
+
+class Source:
+  # Loads only where no backend of JAX is up.
+
+  def __init__(self, wake):
+    self.wake = wake
+    self.utterances = [
+      manifest.Utterance(str(i), '', 'AB', {'duration': 1.0}) for i in range(8)
+    ]
+
+  def __len__(self):
+    return len(self.utterances)
+
+  def load(self, index):
+    if self.wake:
+      import jax
+      jax.devices()
+    bridge = sys.modules.get('jax._src.xla_bridge')
+    if bridge is not None and bridge._backends:
+      raise audio.AudioError('awake', str(index))
+    return np.ones(16000, np.float32) * (index + 1) / 10
+
+def skips(wake, kind):
+  config = config_lib.DataConfig(batch_frames=400, num_buckets=1)
+  tokens = tokenizer.build_char_tokenizer(['AB'])
+  corpus = pipeline.Corpus(Source(wake), tokens, config, rate=4, min_input=7)
+  batches = pipeline.TrainBatches(corpus, seed=0)
+  stream = batches.iterate(0, num_workers=1, worker_type=kind)
+  return sum(len(next(stream).skipped) for _ in range(2))
+
+if __name__ == '__main__':
+  from absl import flags
+  flags.FLAGS.mark_as_parsed()
+  print(skips(False, 'process'), skips(False, 'thread'), skips(True, 'thread'))
+"""
+
+
+def test_a_worker_wakes_no_backend(tmp_path):
+  """The last number, from a source that does wake one, is the control."""
+  script = tmp_path / 'probe.py'
+  script.write_text(_PROBE)
+  result = subprocess.run(
+    [sys.executable, str(script)],
+    capture_output=True,
+    text=True,
+    check=True,
+    env=os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'},
+  )
+  process, thread, woken = map(int, result.stdout.split())
+  assert process == thread == 0
+  assert woken > 0
+
+
+def test_mixed_sources_come_by_their_shares(folder, tmp_path):
+  synthetic.write_corpus(tmp_path, num_utterances=3, seed=9)
+  spec = f'{folder}/manifest.jsonl*0.25, {tmp_path}/manifest.jsonl*0.75'
+  augment = dataclasses.replace(_CONFIG.augment, **_NO_MASKS)
+  config = dataclasses.replace(_CONFIG, augment=augment)
+  batches = pipeline.TrainBatches(_mixed(spec, config), seed=3)
+  counts, features = collections.Counter(), collections.defaultdict(list)
+  for number in range(_epoch_length(batches)):
+    batch = batches[number]
+    for key, row in zip(batch.keys, batch.arrays['features'], strict=False):
+      counts[key.startswith('tones-9')] += 1
+      features[key].append(row[:20])
+  assert counts == {False: 4, True: 13}
+  # The same utterance is augmented in another way each time.
+  several = [rows for rows in features.values() if len(rows) > 1]
+  assert len(several) == 3
+  for rows in several:
+    for first, second in itertools.combinations(rows, 2):
+      assert not np.array_equal(first, second)
+
+
+def test_a_part_without_a_usable_utterance_is_named(folder, tmp_path):
+  synthetic.write_corpus(tmp_path, num_utterances=2, seed=9)
+  path = tmp_path / 'manifest.jsonl'
+  long = [
+    dataclasses.replace(utterance, extra={'duration': 99.0})
+    for utterance in manifest.read(path)
+  ]
+  manifest.write(path, long)
+  with pytest.raises(pipeline.NoDataError, match=r'too_long.*: 2') as caught:
+    _mixed(f'{folder}/manifest.jsonl*1,{path}*1')
+  assert str(path) in str(caught.value)
+
+
+_NO_MASKS = {'num_time_masks': 0, 'num_freq_masks': 0, 'num_substitutions': 0}
+
+
+def _augmented(folder, **changes):
+  augment = dataclasses.replace(_CONFIG.augment, **changes)
+  config = dataclasses.replace(_CONFIG, augment=augment)
+  return pipeline.TrainBatches(_corpus(folder, config), seed=3)
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {'volume_probability': 1.0},
+    {'noise_probability': 1.0},
+    {'noise_probability': 1.0, 'noise': 'babble'},
+    {'reverb_probability': 1.0},
+  ],
+)
+def test_each_kind_of_augmentation_is_seeded_and_does_something(
+  folder, changes
+):
+  plain = _augmented(folder)[0]
+  first, again = (_augmented(folder, **changes)[0] for _ in range(2))
+  _assert_same(first, again)
+  assert first.keys == plain.keys
+  assert not first.skipped
+  length = int(plain.arrays['feature_lengths'].min())
+  for a, b in zip(
+    first.arrays['features'][: len(plain.keys)],
+    plain.arrays['features'],
+    strict=False,
+  ):
+    assert not np.array_equal(a[:length], b[:length])
+
+
+def test_a_probability_is_a_share_of_the_utterances(folder):
+  def loudest(probability):
+    batches = _augmented(
+      folder,
+      **_NO_MASKS,
+      volume_probability=probability,
+      volume_db=(20.0, 20.0),
+    )
+    rows = [batches[n].arrays['features'] for n in range(12)]
+    return np.concatenate([each.max(axis=(1, 2)) for each in rows])
+
+  plain, some, all_of_them = map(loudest, (0.0, 0.4, 1.0))
+  real = plain > 0
+  changed = ~np.isclose(some[real], plain[real], atol=0.1)
+  assert 0.2 < changed.mean() < 0.6
+  # The others are as loud as with probability 1.
+  np.testing.assert_allclose(
+    some[real][changed], all_of_them[real][changed], atol=0.1
+  )
+
+
+def test_unknown_tokens_are_a_reason_where_asked_for(folder):
+  source = mixing.open_mixture(str(folder / 'manifest.jsonl')).source
+  tokenizer = tokenizer_lib.build_char_tokenizer(['ABCDEF GA'])
+
+  def make(config):
+    return pipeline.Corpus(source, tokenizer, config, rate=4, min_input=7)
+
+  assert not make(_CONFIG).skipped
+  strict = make(dataclasses.replace(_CONFIG, skip_unknown=True))
+  lacking = [u.key for u in source.utterances if 'H' in u.txt]
+  assert lacking
+  assert [skip.key for skip in strict.skipped] == lacking
+  assert {skip.reason for skip in strict.skipped} == {'unknown_tokens'}
+
+
+class _Block(list):
+  """A list that can be watched."""
+
+
+def test_ten_epochs_leave_no_plans_behind(corpus, monkeypatch):
+  made = []
+  original = plan.plan_block
+
+  def watched(*arguments, **options):
+    block = _Block(original(*arguments, **options))
+    made.append(weakref.ref(block))
+    return block
+
+  monkeypatch.setattr(plan, 'plan_block', watched)
+  batches = pipeline.TrainBatches(corpus, seed=3)
+  kept = batches.locate(0)
+  for epoch in range(10):
+    batches.epoch(epoch)
+  assert kept
+  assert len(made) == 10
+  assert sum(block() is not None for block in made) <= 2
 
 
 def test_many_threads_find_the_same_plan(corpus, monkeypatch):

@@ -175,3 +175,249 @@ def test_generators_depend_on_their_parts_alone():
     draw(11, 'a'),
   }
   assert len(others) == 4
+
+
+def _seconds_of(items, batch):
+  return [items[i].seconds for i in batch.indices]
+
+
+def test_short_first_epochs_go_from_short_to_long(items, buckets):
+  config = dataclasses.replace(_CONFIG, short_first_epochs=2)
+
+  def flushed(epoch, config):
+    planned = plan.plan_epoch(items, buckets, config, seed=7, epoch=epoch)
+    seen = sorted(i for batch in planned for i in batch.indices)
+    assert seen == list(range(len(items)))
+    # Batches that the end of the epoch filled are not in order.
+    return [_seconds_of(items, b) for b in planned[: -2 * len(buckets)]]
+
+  for epoch in (0, 1):
+    longest = [max(seconds) for seconds in flushed(epoch, config)]
+    assert len(longest) > 10
+    assert longest == sorted(longest)
+    for seconds in flushed(epoch, config):
+      assert seconds == sorted(seconds)
+  assert flushed(0, config) != flushed(1, config)  # speeds are drawn anew
+  # The negative control: later epochs, and runs without, are mixed.
+  for planned in (flushed(2, config), flushed(0, _CONFIG)):
+    longest = [max(seconds) for seconds in planned]
+    assert longest != sorted(longest)
+  assert flushed(2, config) == flushed(2, _CONFIG)
+
+
+def _shares(items, planned):
+  """Padded share of the real rows' frames, and share of empty rows."""
+  frames = [
+    plan.num_frames(items[i].seconds, speed, _CONFIG.features)
+    for batch in planned
+    for i, speed in zip(batch.indices, batch.speeds, strict=True)
+  ]
+  padded = sum(b.bucket.max_frames * len(b.indices) for b in planned)
+  rows = sum(b.bucket.batch_size for b in planned)
+  return 1 - sum(frames) / padded, 1 - len(frames) / rows
+
+
+def _block(items, buckets, epochs, config=_CONFIG):
+  planned = plan.plan_block(items, buckets, config, seed=7, epochs=epochs)
+  return [batch for epoch in planned for batch in epoch]
+
+
+def test_a_block_has_every_utterance_once_per_epoch():
+  items = _items(40)
+  buckets = plan.make_buckets(items, _CONFIG, speeds=_SPEEDS)
+  planned = _block(items, buckets, range(10, 15))
+  drawn = [
+    (index, number)
+    for batch in planned
+    for index, number in zip(batch.indices, batch.rounds, strict=True)
+  ]
+  expected = [(i, n) for i in range(len(items)) for n in range(10, 15)]
+  assert sorted(drawn) == expected
+  incomplete = [b for b in planned if len(b.indices) < b.bucket.batch_size]
+  assert len(incomplete) <= 1
+  alone = plan.plan_epoch(items, buckets, _CONFIG, seed=7, epoch=3)
+  assert {n for batch in alone for n in batch.rounds} == {3}
+
+
+def test_a_block_pads_less_than_its_epochs_by_themselves():
+  items = _items(60)
+  buckets = plan.make_buckets(items, _CONFIG, speeds=_SPEEDS)
+  together, _ = _shares(items, _block(items, buckets, range(10)))
+  alone = [
+    batch
+    for n in range(10)
+    for batch in _block(items, buckets, range(n, n + 1))
+  ]
+  padding, empty = _shares(items, alone)
+  assert together < 0.9 * padding
+  assert empty <= 0.03
+  assert len(_block(items, buckets, range(10))) < len(alone)
+
+
+def test_small_corpora_reach_the_padding_of_large_ones():
+  """Twelve buckets of a batch an epoch each: the shape of a real one."""
+  config = config_lib.DataConfig(batch_frames=4000)
+  items = _items(100)
+  buckets = plan.make_buckets(items, config, speeds=_SPEEDS)
+  together = plan.epochs_together(items, buckets, config)
+  assert together > 1
+  epochs = range(0, 10 * together)
+  planned = []
+  for start in epochs[::together]:
+    block = plan.block_of(start, together=together, config=config)
+    planned += _block(items, buckets, block, config)
+  padding, empty = _shares(items, planned)
+  assert padding <= 0.10
+  assert empty <= 0.03
+  single = dataclasses.replace(config, num_buckets=1)
+  one = plan.make_buckets(items, single, speeds=_SPEEDS)
+  padding, _ = _shares(items, _block(items, one, range(10), single))
+  assert padding > 0.4  # the negative control
+
+
+def test_how_many_epochs_go_together():
+  def together(count, **changes):
+    config = dataclasses.replace(_CONFIG, **changes)
+    items = _items(count)
+    buckets = plan.make_buckets(items, config, speeds=_SPEEDS)
+    return plan.epochs_together(items, buckets, config)
+
+  assert together(1000) == 1  # an epoch fills every bucket many times
+  assert 1 < together(60) <= 20
+  assert together(4) == 1  # batches would be copies of the same few
+  assert together(1000, plan_epochs=3) == 3
+  assert together(60, plan_epochs=1) == 1
+
+
+def test_blocks_lie_behind_the_short_first_epochs():
+  config = dataclasses.replace(_CONFIG, short_first_epochs=2)
+  blocks = [plan.block_of(n, together=3, config=config) for n in range(9)]
+  assert blocks[:2] == [range(0, 1), range(1, 2)]
+  assert blocks[2] == blocks[3] == blocks[4] == range(2, 5)
+  assert blocks[5] == range(5, 8)
+
+
+@pytest.mark.parametrize('widths', [1, 2, 3])
+def test_buckets_by_frames_and_tokens(items, widths):
+  config = dataclasses.replace(_CONFIG, num_token_buckets=widths)
+  buckets = plan.make_buckets(items, config, speeds=_SPEEDS, multiple=2)
+  assert len(buckets) <= config.num_buckets * widths
+  assert (len(buckets) > config.num_buckets) == (widths > 1)
+  assert buckets == sorted(buckets, key=lambda b: (b.max_frames, b.max_tokens))
+  by_frames = collections.defaultdict(list)
+  for bucket in buckets:
+    by_frames[bucket.max_frames].append(bucket)
+    assert bucket.max_frames * bucket.batch_size <= config.batch_frames
+  assert len(by_frames) == config.num_buckets
+  for alike in by_frames.values():
+    assert len({bucket.batch_size for bucket in alike}) == 1
+  seen = []
+  for batch in _block(items, buckets, range(2), config):
+    assert batch.bucket in buckets
+    for index, speed in zip(batch.indices, batch.speeds, strict=True):
+      item = items[index]
+      frames = plan.num_frames(item.seconds, speed, config.features)
+      assert frames <= batch.bucket.max_frames
+      assert item.num_tokens <= batch.bucket.max_tokens
+      seen.append(index)
+  assert sorted(seen) == sorted(2 * list(range(len(items))))
+
+
+def _token_padding(items, planned):
+  padded = sum(b.bucket.max_tokens * len(b.indices) for b in planned)
+  return (
+    1 - sum(items[i].num_tokens for b in planned for i in b.indices) / padded
+  )
+
+
+def test_token_buckets_pad_fewer_tokens(items, buckets):
+  config = dataclasses.replace(_CONFIG, num_token_buckets=3)
+  finer = plan.make_buckets(items, config, speeds=_SPEEDS, multiple=2)
+  before = _token_padding(items, _block(items, buckets, range(10)))
+  after = _token_padding(items, _block(items, finer, range(10), config))
+  assert after < 0.7 * before
+
+
+def _mixed_items(sizes):
+  items = _items(sum(sizes))
+  parts = np.repeat(np.arange(len(sizes)), sizes)
+  return [
+    dataclasses.replace(item, part=int(part))
+    for item, part in zip(items, parts, strict=True)
+  ]
+
+
+def test_shares_are_those_of_the_utterances():
+  items = _mixed_items((30, 170, 100))
+  shares = (0.5, 0.2, 0.3)
+  buckets = plan.make_buckets(items, _CONFIG, speeds=_SPEEDS)
+
+  def draws(epoch, shares=shares):
+    planned = plan.plan_epoch(
+      items, buckets, _CONFIG, seed=7, epoch=epoch, shares=shares
+    )
+    return [
+      (index, number)
+      for batch in planned
+      for index, number in zip(batch.indices, batch.rounds, strict=True)
+    ]
+
+  total = collections.Counter()
+  for epoch in range(6):
+    parts = collections.Counter(items[i].part for i, _ in draws(epoch))
+    assert parts == {0: 150, 1: 60, 2: 90}
+    for index, number in sorted(draws(epoch), key=lambda draw: draw[1]):
+      assert number == total[index]  # how often it came before
+      total[index] += 1
+    for part in range(3):  # nobody is left behind
+      counts = [total[i] for i, item in enumerate(items) if item.part == part]
+      assert max(counts) - min(counts) <= 1
+  assert draws(2) == draws(2)
+  # The negative control: without weights the sizes decide.
+  parts = collections.Counter(items[i].part for i, _ in draws(0, ()))
+  assert parts == {0: 30, 1: 170, 2: 100}
+
+
+@pytest.mark.parametrize('num_hosts', [1, 2, 3])
+def test_hosts_share_the_rows_of_a_batch(items, num_hosts):
+  buckets = plan.make_buckets(items, _CONFIG, speeds=_SPEEDS, multiple=6)
+  planned = _epoch(items[:-1], buckets)
+  assert any(len(b.indices) < b.bucket.batch_size for b in planned)
+  for batch in planned:
+    parts = [
+      plan.of_host(batch, host_index=host, num_hosts=num_hosts)
+      for host in range(num_hosts)
+    ]
+    for field in ('indices', 'speeds', 'rounds'):
+      joined = sum((getattr(part, field) for part in parts), ())
+      assert joined == getattr(batch, field)
+    for part in parts:
+      assert part.bucket.batch_size * num_hosts == batch.bucket.batch_size
+      assert len(part.indices) <= part.bucket.batch_size
+      assert part.bucket.max_frames == batch.bucket.max_frames
+
+
+def test_hosts_that_do_not_divide_a_batch_are_refused(items, buckets):
+  batch = _epoch(items, buckets)[0]
+  with pytest.raises(ValueError, match='7 hosts'):
+    plan.of_host(batch, host_index=0, num_hosts=7)
+
+
+def test_a_transcript_without_tokens_is_refused():
+  silent = plan.Item('a', 2.0, 0, 0)
+  assert (
+    plan.rejection(silent, _CONFIG, rate=4, min_input=7) == 'too_few_tokens'
+  )
+  allowed = dataclasses.replace(_CONFIG, min_tokens=0)
+  assert plan.rejection(silent, allowed, rate=4, min_input=7) is None
+
+
+def test_configured_batch_sizes_are_kept(items, buckets):
+  sizes = (40, 12, 10, 4, 2)
+  config = dataclasses.replace(_CONFIG, batch_sizes=sizes)
+  given = plan.make_buckets(items, config, speeds=_SPEEDS)
+  assert tuple(bucket.batch_size for bucket in given) == sizes
+  assert [b.max_frames for b in given] == [b.max_frames for b in buckets]
+  few = dataclasses.replace(_CONFIG, batch_sizes=sizes[:3])
+  with pytest.raises(config_lib.ConfigError, match=r'batch_sizes has 3 sizes'):
+    plan.make_buckets(items, few, speeds=_SPEEDS)

@@ -1,11 +1,14 @@
 """Sources: the same utterances and samples by every way of naming them."""
 
 import pathlib
+import pickle
+import sys
 
 import numpy as np
 import pytest
 import soundfile
 
+from data_pipelines import corpora
 from data_pipelines import manifest
 from data_pipelines import prepare
 from data_pipelines import sources
@@ -95,7 +98,7 @@ def test_bad_audio_is_known_when_it_is_loaded(tmp_path):
   items = [manifest.Utterance(name, f'{name}.wav', 'A') for name in names]
   manifest.write(tmp_path / 'm.jsonl', items)
   source = sources.open_source(str(tmp_path / 'm.jsonl'))
-  assert [u.duration for u in source.utterances] == [None, None, 0.0]
+  assert [u.duration for u in source.utterances] == [None] * 3
   reasons = []
   for index in range(3):
     with pytest.raises(audio.AudioError) as caught:
@@ -111,6 +114,108 @@ def test_a_path_with_a_colon_is_a_path(corpus, tmp_path):
   assert len(sources.open_source(f'{tmp_path}/a:b/m:1.jsonl')) == 3
 
 
+def test_segments_are_cut_and_measured(tmp_path):
+  ramp = np.arange(16000, dtype=np.int16)
+  soundfile.write(tmp_path / 'a.wav', ramp, 16000)
+  items = [
+    manifest.Utterance('a', 'a.wav', 'A', {'start': 0.25, 'end': 0.5}),
+    manifest.Utterance('b', 'a.wav', 'B', {'start': 0.75}),
+    manifest.Utterance('c', 'a.wav', 'C', {'start': 0.75, 'end': 2.0}),
+    manifest.Utterance('d', 'a.wav', 'D', {'start': 0.75, 'end': 0.5}),
+  ]
+  manifest.write(tmp_path / 'm.jsonl', items)
+  source = sources.open_source(f'{tmp_path}/m.jsonl')
+  assert [u.duration for u in source.utterances] == [0.25, 0.25, 1.25, None]
+  for index, first, last in ((0, 4000, 8000), (1, 12000, 16000)):
+    expected = ramp[first:last] / np.float32(32768)
+    np.testing.assert_array_equal(source.load(index), expected)
+  for index in (2, 3):
+    with pytest.raises(audio.AudioError) as caught:
+      source.load(index)
+    assert caught.value.reason == 'bad_segment'
+
+
+@pytest.mark.parametrize('rate', [8000, 16000, 24000])
+def test_samples_come_at_the_rate_that_is_asked_for(corpus, rate):
+  for spec in (f'{corpus}/train/manifest.jsonl', f'{corpus}/set'):
+    source = sources.open_source(spec, sample_rate=rate)
+    seconds = source.utterances[0].duration
+    assert seconds is not None
+    assert len(source.load(0)) == pytest.approx(seconds * rate, abs=1)
+    assert source.header(0).sample_rate == 16000  # as recorded
+
+
+def test_kinds_name_what_paths_mean(corpus):
+  path = f'{corpus}/train/manifest.jsonl'
+  _assert_same(
+    sources.open_source(f'manifest:{path}'), sources.open_source(path)
+  )
+  for spec in (f'prepared:{corpus}/set:dev', f'prepared:{corpus}/set'):
+    _assert_same(
+      sources.open_source(spec, split='dev'),
+      sources.open_source(f'{corpus}/set:dev'),
+    )
+  assert sources.kinds() == [
+    *('aishell', 'builtin', 'kaldi', 'librispeech'),
+    *('manifest', 'prepared', 'shards', 'tfds'),
+  ]
+
+
+def test_splits_are_found_where_none_is_named(corpus):
+  folder = f'{corpus}/set'
+  assert sources.find_splits(folder) == ['train', 'dev']
+  assert sources.find_splits(f'{folder}:dev') == ['train']
+  assert sources.find_splits(f'{corpus}/train/manifest.jsonl') == ['train']
+
+
+def test_a_part_of_a_source_is_a_source(corpus):
+  manifest_spec = f'{corpus}/train/manifest.jsonl'
+  for spec in (
+    manifest_spec,
+    f'{corpus}/set',
+    f'{corpus}/set:dev,{manifest_spec}',
+  ):
+    source = sources.open_source(spec)
+    for first, last in ((0, 1), (1, 3), (0, len(source))):
+      part = pickle.loads(pickle.dumps(sources.select(source, first, last)))
+      assert list(part.utterances) == list(source.utterances[first:last])
+      for index in range(last - first):
+        np.testing.assert_array_equal(
+          part.load(index), source.load(first + index)
+        )
+        assert part.header(index) == source.header(first + index)
+  plain = sources._Selected(source, 1, 3)  # what others are wrapped in
+  assert list(plain.utterances) == list(source.utterances[1:3])
+  np.testing.assert_array_equal(plain.load(1), source.load(2))
+
+
+def test_a_part_travels_without_the_rest(tmp_path):
+  path = synthetic.write_corpus(tmp_path, num_utterances=200, seed=1)
+  source = sources.open_source(str(path))
+  whole = len(pickle.dumps(source))
+  assert len(pickle.dumps(sources.select(source, 7, 9))) < whole / 10
+
+
+def test_a_file_in_corpora_is_a_kind(tmp_path, monkeypatch):
+  """Whoever adds a corpus adds one file."""
+  (tmp_path / 'toy.py').write_text(
+    'from data_pipelines import manifest, sources\n'
+    'def open_corpus(path, *, split, sample_rate, tolerant):\n'
+    "  item = manifest.Utterance(split, path, 'A')\n"
+    '  return sources.FileSource(manifest.table([item]))\n'
+  )
+  (tmp_path / 'helper.py').write_text('')
+  with pytest.raises(sources.SourceError, match="'toy' is no kind"):
+    sources.open_source('toy:x')
+  monkeypatch.setattr(corpora, '__path__', [*corpora.__path__, str(tmp_path)])
+  (utterance,) = sources.open_source('toy:x:dev').utterances
+  assert (utterance.key, utterance.wav) == ('train', 'x:dev')
+  with pytest.raises(sources.SourceError, match="'helper' is no kind"):
+    sources.open_source('helper:x')
+  for name in ('toy', 'helper'):
+    sys.modules.pop(f'{corpora.__name__}.{name}')
+
+
 @pytest.mark.parametrize(
   ('spec', 'error', 'message'),
   [
@@ -120,6 +225,9 @@ def test_a_path_with_a_colon_is_a_path(corpus, tmp_path):
     ('{}/train', tfds_dataset.DatasetError, 'not a prepared data set'),
     (' , ', sources.SourceError, 'no data is named'),
     ('{0}/set,{0}/set', sources.SourceError, 'occurs in two'),
+    ('kaldy:{}', sources.SourceError, "'kaldy' is no kind of source; there is"),
+    ('manifest:{}/no', manifest.ManifestError, 'no such manifest'),
+    ('prepared:{}/train', tfds_dataset.DatasetError, 'not a prepared'),
   ],
 )
 def test_what_cannot_be_opened_is_named(corpus, spec, error, message):

@@ -38,7 +38,9 @@ class _Rules:
   banned: object  # prefixes that may not be reached by extension
 
 
-def search(log_probs, *, beam, blank_id, alignment='reference', merge=True):
+def search(
+  log_probs, *, beam, blank_id, alignment='reference', merge=True, bonus=None
+):
   """Returns [(tokens, score, times)], best first, and the smallest gap.
 
   Args:
@@ -49,7 +51,10 @@ def search(log_probs, *, beam, blank_id, alignment='reference', merge=True):
       parent's extension: the score is raised, the times stay.
     merge: False breaks the search, as a negative control: what extends to a
       prefix that is already there is thrown away.
+    bonus: of a prefix, added where prefixes are compared; the scores returned
+      are without it.
   """
+  bonus = bonus or (lambda prefix: 0.0)
   log_probs = np.asarray(log_probs, np.float64)
   entries = {(): _Entry(blank=0.0, best_blank=0.0, best_token=0.0)}
   margin = np.inf
@@ -61,9 +66,10 @@ def search(log_probs, *, beam, blank_id, alignment='reference', merge=True):
       for prefix, old in entries.items():
         _visit(new, prefix, old, token, frame[token], time, rules)
     found = [item for item in new.items() if item[1].total > NEVER]
-    ranked = sorted(found, key=lambda item: -item[1].total)
+    worth = lambda item: item[1].total + bonus(item[0])
+    ranked = sorted(found, key=worth, reverse=True)
     if len(ranked) > beam:
-      margin = min(margin, ranked[beam - 1][1].total - ranked[beam][1].total)
+      margin = min(margin, worth(ranked[beam - 1]) - worth(ranked[beam]))
     entries = dict(ranked[:beam])
   results = [(list(p), e.total, list(e.best[1])) for p, e in entries.items()]
   if len(results) > 1:

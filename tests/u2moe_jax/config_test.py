@@ -24,7 +24,7 @@ def _changed(value):
   if isinstance(value, bool):
     return not value
   if isinstance(value, list):
-    return [*value, 1.2]
+    return [*value[:-1], (value[-1] if value else 0) + 1]
   if isinstance(value, int):
     return value + 1 if value > 0 else 1
   if isinstance(value, float):
@@ -100,6 +100,14 @@ def test_whole_numbers_are_good_enough_for_a_rate():
   ('path', 'value', 'named'),
   [
     ('model.encoder.num_heads', 3, 'encoder.num_heads=3'),
+    ('data.worker_type', 'fork', 'data.worker_type'),
+    ('data.num_workers', -1, 'data.num_workers'),
+    ('data.num_token_buckets', 0, 'data.num_token_buckets'),
+    ('data.augment.noise_probability', 1.5, 'augment.noise_probability'),
+    ('data.augment.noise_snr', [20.0, 5.0], 'augment.noise_snr'),
+    ('data.augment.volume_db', [1.0], 'augment.volume_db'),
+    ('data.augment.reverb_seconds', [0.0, 1.0], 'augment.reverb_seconds'),
+    ('data.augment.speeds', [1.0, 0.0], 'augment.speeds'),
     ('model.decoder.num_heads', 3, 'decoder.num_heads=3'),
     ('model.encoder.num_blocks', 0, 'encoder.num_blocks'),
     ('model.encoder.dropout', 1.0, 'encoder.dropout'),

@@ -22,14 +22,12 @@ import orbax.checkpoint as ocp
 import u2moe_jax
 from u2moe_jax import config as config_lib
 from u2moe_jax.array_types import PyTree
+from u2moe_jax.checkpoint import contents
 from u2moe_jax.models import u2
 
 FORMAT_VERSION = 1
 Path = str | os.PathLike[str]
-
-
-class CheckpointError(ValueError):
-  """A folder that cannot be read as a checkpoint; says what was found."""
+CheckpointError = contents.CheckpointError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +83,7 @@ def write(
   buffers: PyTree,
   *,
   tokens: Path | None = None,
+  extras: Mapping[str, Path] | None = None,
 ) -> None:
   """Writes a model directory; an existing one is replaced at the end.
 
@@ -94,6 +93,7 @@ def write(
     params: parameters.
     buffers: buffers.
     tokens: folder of the token table to copy.
+    extras: folders to copy beside it, by name; nothing here reads them.
   """
   path = pathlib.Path(path).absolute()
   unfinished = path.with_name(path.name + '.unfinished')
@@ -105,11 +105,17 @@ def write(
     )
   if tokens is not None:
     shutil.copytree(tokens, unfinished / 'tokens')
+  for name, folder in (extras or {}).items():
+    shutil.copytree(folder, unfinished / name)
   text = json.dumps(_to_json(description), indent=2)
   (unfinished / 'model.json').write_text(text + '\n', encoding='utf-8')
+  # Renamed, not deleted first: whenever this is cut short, one is whole.
+  old = path.with_name(path.name + '.old')
+  shutil.rmtree(old, ignore_errors=True)
   if path.exists():
-    shutil.rmtree(path)
+    path.rename(old)
   unfinished.rename(path)
+  shutil.rmtree(old, ignore_errors=True)
 
 
 def _to_json(description: Description) -> dict[str, Any]:
@@ -155,8 +161,8 @@ def find(path: Path) -> Found:
   """Finds a checkpoint.
 
   Args:
-    path: a MODEL folder; a WORKDIR (its `model/`, else the newest step); or
-      one step folder of a WORKDIR.
+    path: a MODEL folder; a WORKDIR (its `model/`, else the step of lowest dev
+      WER, else the newest); or one step folder of a WORKDIR.
 
   Raises:
     CheckpointError: if there is no checkpoint; says what was looked for.
@@ -171,7 +177,9 @@ def find(path: Path) -> Found:
   if (path / 'checkpoints').is_dir():
     steps = step_folders(path)
     if steps:
-      return _found_step(path, max(steps, key=lambda p: int(p.name)))
+      # Of equals the newest.
+      best = min(reversed(steps), key=_order)
+      return _found_step(path, best)
   if path.parent.name == 'checkpoints' and (path / 'params').is_dir():
     return _found_step(path.parent.parent, path)
   raise CheckpointError(
@@ -190,6 +198,20 @@ def step_folders(workdir: Path) -> list[pathlib.Path]:
   return sorted(folders, key=lambda folder: int(folder.name))
 
 
+def _order(folder: pathlib.Path) -> float:
+  wer = dev_wer(folder)
+  return float('inf') if wer is None else wer
+
+
+def dev_wer(folder: Path) -> float | None:
+  """The dev WER of a step folder, per cent; None if it was not measured."""
+  file = pathlib.Path(folder) / 'metrics' / 'metrics'
+  try:
+    return float(json.loads(file.read_text(encoding='utf-8'))['wer'])
+  except (OSError, ValueError, KeyError, TypeError):
+    return None
+
+
 def _found_model(path: pathlib.Path, choice: str) -> Found:
   tokens = path / 'tokens'
   return Found(
@@ -204,11 +226,13 @@ def _found_step(workdir: pathlib.Path, folder: pathlib.Path) -> Found:
   tree = _read_json(workdir / 'config.json')
   tokens = workdir / 'tokens'
   config = config_lib.from_dict(config_lib.Config, tree)
+  wer = dev_wer(folder)
+  measured = '' if wer is None else f' (dev WER {wer:.2f} %)'
   return Found(
     params=folder / 'params',
     tokens=tokens if tokens.is_dir() else None,
     description=Description(config.model, config.data.features),
-    choice=f'step {folder.name} of {workdir}',
+    choice=f'step {folder.name} of {workdir}{measured}',
   )
 
 
@@ -245,12 +269,12 @@ def restore(
   """
   if target is None:
     target = abstract_variables(found.description.model)
+  contents.require_fit(found.params, target)
   try:
     with ocp.StandardCheckpointer() as checkpointer:
       tree = checkpointer.restore(found.params, target)
-  except (ValueError, KeyError, FileNotFoundError) as error:
-    first = str(error).strip().splitlines()[0]
+  except Exception as error:  # Orbax raises many kinds for damaged files
     raise CheckpointError(
-      f'{found.params}: cannot be restored into this model: {first}'
+      f'{found.params}: cannot be read: {contents.first_line(error)}'
     ) from error
   return tree['params'], tree['buffers']

@@ -1,10 +1,17 @@
-"""Beam search on a left-to-right decoder, whatever its cache is made of."""
+"""Beam search on a left-to-right decoder, whatever its cache is made of.
+
+The cache is written at every step and never moved: what a step writes for
+hypothesis `n` stays at place `n` of that position. When hypotheses change
+places, only a table of small integers follows them, which says at which place
+the ancestor of each stood at each position. (To move the keys and values of a
+decoder instead costs many times the decoder itself.)
+"""
 
 from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 from flax import struct
-import jax
 from jax import lax
 import jax.numpy as jnp
 
@@ -14,11 +21,34 @@ from u2moe_jax.array_types import Float
 from u2moe_jax.array_types import Int
 from u2moe_jax.array_types import typechecked
 from u2moe_jax.decoding import hypotheses
-
-# (tokens (B * N,), position, cache) -> (log-probs (B * N, V), cache)
-StepFunction = Callable[[Array, Array, Any], tuple[Array, Any]]
+from u2moe_jax.models import decoder
 
 _PADDING = -1
+# The room for tokens grows by this factor. A step costs in proportion to the
+# room, a program is compiled for each size.
+_GROWTH = 4
+_LEAST_ROOM = 16
+
+
+@struct.dataclass
+class StepOutputs:
+  """What a decoder says.
+
+  Attributes:
+    log_probs: of the next token.
+    cache: the cache with the newest tokens in it.
+    margin: smallest gap a decision inside the decoder hung on; inf if there
+      was none.
+  """
+
+  log_probs: Float[Array, 'B N V']
+  cache: Any
+  margin: Float[Array, 'B N']
+
+
+StepFunction = Callable[[decoder.StepInputs, Any], StepOutputs]
+# (cache, tokens to make room for) -> larger cache
+GrowFunction = Callable[[Any, int], Any]
 
 
 @struct.dataclass
@@ -30,8 +60,10 @@ class SearchState:
     tokens: what was found, eos included, padded with -1.
     scores: sum of log-probs; -inf for an empty slot.
     finished: whether a hypothesis has ended.
-    margin: smallest gap between the worst kept and the best dropped candidate.
-    cache: of the decoder; leading axis B * N.
+    margin: smallest gap between the worst kept and the best dropped candidate,
+      or inside the decoder.
+    ancestry: see `decoder.StepInputs`.
+    cache: of the decoder.
   """
 
   position: Int[Array, '']
@@ -39,12 +71,14 @@ class SearchState:
   scores: Float[Array, 'B N']
   finished: Bool[Array, 'B N']
   margin: Float[Array, 'B']
+  ancestry: Int[Array, 'B N U']
   cache: Any
 
 
 @typechecked
 def attention_beam_search(
   step_fn: StepFunction,
+  grow_fn: GrowFunction,
   init_cache: Any,
   *,
   batch: int,
@@ -53,7 +87,9 @@ def attention_beam_search(
   eos_id: int,
   max_lengths: Int[Array, 'B'],
   max_steps: int,
-  length_penalty: float = 0.0,
+  length_penalty: float | Float[Array, ''] = 0.0,
+  counted_starts: int = 0,
+  nbest: int | None = None,
 ) -> hypotheses.Hypotheses:
   """Finds the most probable token sequences under a decoder.
 
@@ -61,12 +97,14 @@ def attention_beam_search(
   best `beam` of all are kept. A finished one only goes on as eos, at no cost.
   An utterance stops when all its hypotheses have ended, or at its own maximum
   length, so its result depends on nothing else in the batch. (The reference
-  runs until the batch stops: give it the padded length for all.)
+  runs until the batch stops: give it the padded length for all.) Scores only
+  fall, so without a length penalty it may stop as soon as the hypotheses that
+  are wanted stand in front of all that have not ended.
 
   Args:
-    step_fn: takes the last token of each hypothesis (B * N,), its position and
-      a cache; returns log-probs (B * N, V) and the new cache.
-    init_cache: a tree whose leaves have a leading axis B * N, utterance major.
+    step_fn: scores what may follow, and writes the cache.
+    grow_fn: makes room in a cache; what is in it stays.
+    init_cache: a cache with room for no token.
     batch: number of utterances.
     beam: hypotheses kept.
     sos_id: id every hypothesis starts from.
@@ -75,22 +113,52 @@ def attention_beam_search(
     max_steps: static limit on steps; at least the largest `max_lengths`.
     length_penalty: the final order is by score / length ** length_penalty,
       the length without eos. With a penalty above 0 an empty result is last.
+    counted_starts: added to the length that penalises. (The reference counts
+      its sos as a token, 1, unless that is the eos.)
+    nbest: hypotheses that are wanted; None for all.
 
   Returns:
-    Hypotheses with N = beam and no times. The margin includes the final gap
-    between first and second.
+    Hypotheses with N = beam and no times; behind the first `nbest` there may
+    be some that have not ended. The margin includes the final gap between
+    first and second.
   """
   limits = jnp.minimum(max_lengths, max_steps)
+  wanted = jnp.where(
+    jnp.asarray(length_penalty) == 0, beam if nbest is None else nbest, beam
+  )
   state = _init_state(init_cache, batch, beam=beam, max_steps=max_steps)
 
-  def is_running(state):
-    return _running(state, limits).any()
+  # One loop for each size of the cache: texts are mostly much shorter than
+  # their limit, and each step reads the whole cache.
+  for room in _rooms(max_steps):
 
-  def body(state):
-    return _step(step_fn, state, limits, sos_id=sos_id, eos_id=eos_id)
+    def is_running(state, room=room):
+      running = _running(state, limits, wanted)
+      return running.any() & (state.position < room)
 
-  state = lax.while_loop(is_running, body, state)
-  return _finish(state, eos_id=eos_id, length_penalty=length_penalty)
+    def body(state, room=room):
+      running = _running(state, limits, wanted)
+      return _step(
+        step_fn, state, running, room=room, sos_id=sos_id, eos_id=eos_id
+      )
+
+    cache = grow_fn(state.cache, room)
+    state = dataclasses.replace(state, cache=cache)
+    state = lax.while_loop(is_running, body, state)
+  return _finish(
+    state,
+    eos_id=eos_id,
+    length_penalty=length_penalty,
+    counted_starts=counted_starts,
+  )
+
+
+def _rooms(max_steps: int) -> list[int]:
+  """Sizes of the cache, ascending; the last one is `max_steps`."""
+  rooms = [max_steps] if max_steps else []
+  while rooms and rooms[0] > _GROWTH * _LEAST_ROOM:
+    rooms.insert(0, -(-rooms[0] // _GROWTH))
+  return rooms
 
 
 def _init_state(
@@ -105,43 +173,65 @@ def _init_state(
     scores=jnp.tile(scores, (batch, 1)),
     finished=jnp.zeros((batch, beam), bool),
     margin=jnp.full((batch,), jnp.inf, jnp.float32),
+    ancestry=jnp.full((batch, beam, max_steps), -1, jnp.int32),
     cache=cache,
   )
 
 
-def _running(state: SearchState, limits: Int[Array, 'B']) -> Bool[Array, 'B']:
-  """Which utterances still have something to extend."""
-  is_open = ~state.finished & (state.scores > -jnp.inf)
-  return is_open.any(axis=1) & (state.position < limits)
+def _open(state: SearchState) -> Bool[Array, 'B N']:
+  return ~state.finished & (state.scores > -jnp.inf)
+
+
+def _running(
+  state: SearchState, limits: Int[Array, 'B'], wanted: Int[Array, '']
+) -> Bool[Array, 'B']:
+  """Which utterances still have something wanted to extend."""
+  is_wanted = jnp.arange(state.scores.shape[1]) < wanted
+  is_open = (_open(state) & is_wanted[None]).any(axis=1)
+  return is_open & (state.position < limits)
 
 
 def _step(
   step_fn: StepFunction,
   state: SearchState,
-  limits: Int[Array, 'B'],
+  running: Bool[Array, 'B'],
   *,
+  room: int,
   sos_id: int,
   eos_id: int,
 ) -> SearchState:
   """Extends every hypothesis by one token and keeps the best."""
   batch, beam, _ = state.tokens.shape
-  running = _running(state, limits)[:, None]  # [B, 1]
+  running = running[:, None]  # [B, 1]
+  places = jnp.broadcast_to(jnp.arange(beam)[None], (batch, beam))
+  ancestry = lax.dynamic_update_index_in_dim(
+    state.ancestry, places, state.position, axis=2
+  )
   previous = lax.dynamic_index_in_dim(
     state.tokens, jnp.maximum(state.position - 1, 0), axis=2, keepdims=False
   )
   previous = jnp.where(state.position == 0, sos_id, previous)
   previous = jnp.where(previous == _PADDING, eos_id, previous)  # not running
-  log_probs, cache = step_fn(previous.reshape(-1), state.position, state.cache)
-  log_probs = log_probs.reshape(batch, beam, -1)  # [B, N, V]
-
-  scores, parents, tokens, gap = _choose(state, log_probs, eos_id=eos_id)
-  parents = jnp.where(running, parents, jnp.arange(beam)[None])
-  take = lambda field: jnp.take_along_axis(field, parents, axis=1)
-  history = jnp.take_along_axis(state.tokens, parents[..., None], axis=1)
-  history = lax.dynamic_update_index_in_dim(
-    history, jnp.where(running, tokens, _PADDING), state.position, axis=2
+  inputs = decoder.StepInputs(
+    tokens=previous,
+    position=state.position,
+    ancestry=ancestry[..., :room],
+    live=_open(state) & running,
   )
-  rows = (beam * jnp.arange(batch)[:, None] + parents).reshape(-1)
+  said = step_fn(inputs, state.cache)
+
+  scores, parents, tokens, gap = _choose(state, said.log_probs, eos_id=eos_id)
+  parents = jnp.where(running, parents, places)
+  take = lambda field: jnp.take_along_axis(field, parents, axis=1)
+  follow = lambda field: jnp.take_along_axis(field, parents[..., None], axis=1)
+  history = lax.dynamic_update_index_in_dim(
+    follow(state.tokens),
+    jnp.where(running, tokens, _PADDING),
+    state.position,
+    axis=2,
+  )
+  inside = jnp.where(inputs.live, said.margin, jnp.inf).min(axis=1)
+  gap = jnp.minimum(gap, inside)
   ended = take(state.finished) | (running & (tokens == eos_id))
   return SearchState(
     position=state.position + 1,
@@ -151,7 +241,8 @@ def _step(
     margin=jnp.where(
       running[:, 0], jnp.minimum(state.margin, gap), state.margin
     ),
-    cache=jax.tree.map(lambda leaf: leaf[rows], cache),
+    ancestry=follow(ancestry),
+    cache=said.cache,
   )
 
 
@@ -185,17 +276,22 @@ def _choose(
 
 
 def _finish(
-  state: SearchState, *, eos_id: int, length_penalty: float
+  state: SearchState,
+  *,
+  eos_id: int,
+  length_penalty: float | Float[Array, ''],
+  counted_starts: int,
 ) -> hypotheses.Hypotheses:
   """Applies the length penalty and puts the best first."""
   is_token = (state.tokens != eos_id) & (state.tokens != _PADDING)
   lengths = is_token.sum(axis=2)
   valid = state.scores > -jnp.inf
-  scores = state.scores
-  if length_penalty != 0.0:
-    penalised = scores / jnp.maximum(lengths, 1) ** length_penalty
-    empty_score = -jnp.inf if length_penalty > 0.0 else 0.0
-    scores = jnp.where(lengths > 0, penalised, empty_score)
+  counted = lengths + counted_starts
+  power = jnp.asarray(length_penalty, jnp.float32)
+  penalised = state.scores / jnp.maximum(counted, 1) ** power
+  # The limits of dividing by 0 ** power; without a penalty the score stays.
+  empty = jnp.where(power > 0, -jnp.inf, jnp.where(power < 0, 0.0, penalised))
+  scores = jnp.where(counted > 0, penalised, empty)
   scores = jnp.where(valid, scores, -jnp.inf)
   order = jnp.argsort(scores, axis=1, descending=True, stable=True)
   take = lambda field: jnp.take_along_axis(field, order, axis=1)

@@ -21,6 +21,9 @@ Invariants:
      taken off is compensated. So the resolution of a comparison does not depend
      on the length of the utterance.
   4. Nothing in the state grows with the number of frames.
+  5. With hotwords the beams are ordered by log-prob and bonus together. The
+     bonus hangs on the prefix alone, so merging does not touch it, and the
+     scores above stay pure log-probs (now relative to those of the first beam).
 """
 
 import dataclasses
@@ -38,9 +41,11 @@ from u2moe_jax.array_types import Float
 from u2moe_jax.array_types import Int
 from u2moe_jax.array_types import Shaped
 from u2moe_jax.array_types import typechecked
+from u2moe_jax.decoding import hotwords
 from u2moe_jax.decoding import hypotheses
 
 Alignment = Literal['reference', 'best']
+Finalize = Literal['add', 'replace']
 
 _NEVER = -jnp.inf  # log 0
 # The two lanes of the prefix hash: a first value, and two odd multipliers.
@@ -71,6 +76,7 @@ class Beams:
     margin: smallest gap, over frames, between the worst beam kept and the best
       candidate dropped; inf while nothing was dropped. (Which tokens of a frame
       are tried at all is not in it.)
+    words: where the prefixes stand in the hotwords; None without any.
   """
 
   blank: Float[Array, 'B N']
@@ -85,6 +91,7 @@ class Beams:
   offset: Float[Array, 'B']
   offset_error: Float[Array, 'B']
   margin: Float[Array, 'B']
+  words: hotwords.HotwordState | None = None
 
 
 @struct.dataclass
@@ -135,6 +142,7 @@ class _Moves:
     extension: `Beams.nonblank` of beam n extended by token k.
     extension_viterbi: `Beams.viterbi_nonblank` of the same.
     extension_sources: where that Viterbi alignment comes from.
+    words: where the extensions stand in the hotwords; None without any.
   """
 
   stay_blank: Float[Array, 'N']
@@ -145,15 +153,19 @@ class _Moves:
   extension: Float[Array, 'N K']
   extension_viterbi: Float[Array, 'N K']
   extension_sources: Int[Array, 'N K']
+  words: hotwords.HotwordState | None = None
 
 
-def init_state(batch: int, *, beam: int, max_tokens: int) -> BeamState:
+def init_state(
+  batch: int, *, beam: int, max_tokens: int, with_hotwords: bool = False
+) -> BeamState:
   """Returns the state before the first frame: one beam, the empty prefix.
 
   Args:
     batch: number of utterances.
     beam: hypotheses kept; also the tokens tried at each frame.
     max_tokens: longest prefix. A beam that long is not extended any more.
+    with_hotwords: whether `advance` will be given a graph.
   """
   # Types are given in full: a weak type would be another type to a caller's
   # jit than that of the state after the first chunk.
@@ -173,6 +185,7 @@ def init_state(batch: int, *, beam: int, max_tokens: int) -> BeamState:
     offset=full((), 0.0, jnp.float32),
     offset_error=full((), 0.0, jnp.float32),
     margin=full((), jnp.inf, jnp.float32),
+    words=hotwords.init_state(batch, beam) if with_hotwords else None,
   )
   empty = full((beam, 2, max_tokens), -1, jnp.int32)
   return BeamState(beams=beams, tokens=empty, times=empty)
@@ -185,7 +198,8 @@ def step(
   valid: Bool[Array, 'B'],
   *,
   blank_id: int,
-  alignment: Alignment = 'reference',
+  alignment: Alignment = 'best',
+  graph: hotwords.HotwordGraph | None = None,
 ) -> BeamState:
   """Takes one frame; a row with `valid` False stays as it is."""
   return advance(
@@ -194,6 +208,7 @@ def step(
     valid[:, None],
     blank_id=blank_id,
     alignment=alignment,
+    graph=graph,
   )  # [B, 1, V]
 
 
@@ -204,7 +219,8 @@ def advance(
   mask: Bool[Array, 'B T'],
   *,
   blank_id: int,
-  alignment: Alignment = 'reference',
+  alignment: Alignment = 'best',
+  graph: hotwords.HotwordGraph | None = None,
 ) -> BeamState:
   """Takes some frames: a whole utterance, or the next chunk of a stream.
 
@@ -218,15 +234,20 @@ def advance(
     blank_id: id of the blank.
     alignment: whose times are kept: those of the best alignment, or those the
       reference reports, which now and then belong to a slightly worse one.
+    graph: hotwords, if the state was made with them.
 
   Returns:
     The state after the frames.
   """
+  if (graph is None) != (state.beams.words is None):
+    raise ValueError('a state made with hotwords needs them at every step')
   if log_probs.shape[1] == 0:
     return state
   beam = state.tokens.shape[1]
   values, ids = _top_tokens(log_probs.astype(jnp.float32), beam)
-  run = lambda *row: _advance_row(*row, blank_id=blank_id, alignment=alignment)
+  run = lambda *row: _advance_row(
+    *row, blank_id=blank_id, alignment=alignment, graph=graph
+  )
   return jax.vmap(run)(state, values, ids, mask)
 
 
@@ -246,30 +267,65 @@ def grow(state: BeamState, max_tokens: int) -> BeamState:
 
 
 @typechecked
-def finish(state: BeamState) -> hypotheses.Hypotheses:
+def finish(
+  state: BeamState,
+  *,
+  graph: hotwords.HotwordGraph | None = None,
+  finalize: Finalize = 'add',
+) -> hypotheses.Hypotheses:
   """Reads the n-best list off a state, which can still go on.
 
-  Scores are log-probs of the prefixes, summed over their alignments. Times are
-  the last frame of each token's run in the best alignment. The margin includes
-  the gap between the first and the second hypothesis.
+  Scores are log-probs of the prefixes, summed over their alignments. With
+  hotwords, a score includes the bonus of the completed ones; what is on loan
+  for one under way is given back first, and the list is sorted by the result.
+  So attention rescoring weighs the bonus as it weighs CTC (`ctc_weight`).
+  Times are the last frame of each token's run in the best alignment. The margin
+  includes the gap between the first and the second hypothesis.
+
+  Args:
+    state: the search so far.
+    graph: its hotwords.
+    finalize: `replace` reproduces the reference, where giving back replaces
+      the whole bonus instead of being added to it, and the order stays.
   """
   beams = state.beams
   relative = jnp.logaddexp(beams.blank, beams.nonblank)
-  alive = relative > _NEVER
-  gap = jnp.where(alive[:, :1], relative[:, :1] - relative[:, 1:2], jnp.inf)
   ends_in_blank = beams.viterbi_blank > beams.viterbi_nonblank
   choose = lambda history: jnp.where(
-    alive[..., None],
-    jnp.where(ends_in_blank[..., None], history[:, :, 0], history[:, :, 1]),
-    -1,
+    ends_in_blank[..., None], history[:, :, 0], history[:, :, 1]
   )
+  tokens, times, lengths = (
+    choose(state.tokens),
+    choose(state.times),
+    beams.lengths,
+  )
+  if graph is not None:
+    relative = relative + _final_bonus(beams, graph, finalize)
+  if graph is not None and finalize == 'add':
+    order = jnp.argsort(relative, axis=1, descending=True, stable=True)
+    relative, lengths = _take_last(relative, order), _take_last(lengths, order)
+    tokens, times = (
+      jnp.take_along_axis(history, order[..., None], axis=1)
+      for history in (tokens, times)
+    )
+  alive = relative > _NEVER
+  gap = jnp.where(alive[:, :1], relative[:, :1] - relative[:, 1:2], jnp.inf)
   return hypotheses.Hypotheses(
-    tokens=choose(state.tokens),
-    lengths=jnp.where(alive, beams.lengths, 0),
+    tokens=jnp.where(alive[..., None], tokens, -1),
+    lengths=jnp.where(alive, lengths, 0),
     scores=relative + (beams.offset - beams.offset_error)[:, None],
-    times=choose(state.times),
+    times=jnp.where(alive[..., None], times, -1),
     margin=jnp.minimum(beams.margin, gap.min(axis=1, initial=jnp.inf)),
   )
+
+
+def _final_bonus(
+  beams: Beams, graph: hotwords.HotwordGraph, finalize: Finalize
+) -> Float[Array, 'B N']:
+  """What the hotwords add to the log-probs of a search that ends."""
+  assert beams.words is not None
+  kept = beams.words.bonus if finalize == 'add' else 0.0
+  return kept - hotwords.on_loan(graph, beams.words)
 
 
 @typechecked
@@ -280,7 +336,9 @@ def ctc_prefix_beam_search(
   beam: int,
   blank_id: int,
   max_tokens: int | None = None,
-  alignment: Alignment = 'reference',
+  alignment: Alignment = 'best',
+  graph: hotwords.HotwordGraph | None = None,
+  finalize: Finalize = 'add',
 ) -> hypotheses.Hypotheses:
   """Finds the most probable prefixes of whole utterances.
 
@@ -292,16 +350,26 @@ def ctc_prefix_beam_search(
     blank_id: id of the blank.
     max_tokens: longest result; None for no limit.
     alignment: as in `advance`.
+    graph: hotwords; None for none.
+    finalize: as in `finish`.
 
   Returns:
     Hypotheses with N = beam, as `finish` describes them.
   """
   batch, num_frames, _ = log_probs.shape
   limit = num_frames if max_tokens is None else max_tokens
-  state = init_state(batch, beam=beam, max_tokens=limit)
-  return finish(
-    advance(state, log_probs, mask, blank_id=blank_id, alignment=alignment)
+  state = init_state(
+    batch, beam=beam, max_tokens=limit, with_hotwords=graph is not None
   )
+  state = advance(
+    state,
+    log_probs,
+    mask,
+    blank_id=blank_id,
+    alignment=alignment,
+    graph=graph,
+  )
+  return finish(state, graph=graph, finalize=finalize)
 
 
 def _top_tokens(
@@ -348,9 +416,11 @@ def _advance_row(
   *,
   blank_id: int,
   alignment: Alignment,
+  graph: hotwords.HotwordGraph | None,
 ) -> BeamState:
   """`advance` for one utterance and pruned frames."""
   max_tokens = state.tokens.shape[-1]
+  columns = None if graph is None else graph.columns[ids]  # [T, K]
 
   def body(beams, frame):
     return _step_row(
@@ -359,9 +429,10 @@ def _advance_row(
       blank_id=blank_id,
       max_tokens=max_tokens,
       alignment=alignment,
+      graph=graph,
     )
 
-  beams, events = lax.scan(body, state.beams, (values, ids, mask))
+  beams, events = lax.scan(body, state.beams, (values, ids, columns, mask))
   tokens, times = _trace(state, events)
   return BeamState(beams=beams, tokens=tokens, times=times)
 
@@ -370,11 +441,13 @@ def _step_row(
   beams: Beams,
   values: Float[Array, 'K'],
   ids: Int[Array, 'K'],
+  columns: Int[Array, 'K'] | None,
   valid: Bool[Array, ''],
   *,
   blank_id: int,
   max_tokens: int,
   alignment: Alignment,
+  graph: hotwords.HotwordGraph | None,
 ) -> tuple[Beams, _Events]:
   """One frame of one utterance: expand, choose, keep if the frame counts."""
   moves = _expand(
@@ -385,6 +458,11 @@ def _step_row(
     max_tokens=max_tokens,
     alignment=alignment,
   )
+  if graph is not None:
+    assert beams.words is not None
+    assert columns is not None
+    words = hotwords.extend(graph, beams.words, columns)
+    moves = dataclasses.replace(moves, words=words)
   chosen, sources = _choose(beams, moves, ids)
   kept = jax.tree.map(
     lambda new, old: jnp.where(valid, new, old), chosen, beams
@@ -500,14 +578,21 @@ def _choose(
   """
   count = beams.last.size
   staying = jnp.logaddexp(moves.stay_blank, moves.stay_nonblank)
-  candidates = jnp.concatenate([staying, moves.extension.T.reshape(-1)])
+  extension = moves.extension
+  if beams.words is not None and moves.words is not None:
+    staying = staying + beams.words.bonus
+    extension = extension + moves.words.bonus
+  candidates = jnp.concatenate([staying, extension.T.reshape(-1)])
   # Without the barrier XLA moves the slices below into the top-k, no longer
   # recognises it on CPU, and sorts everything: six times the whole step.
   scores, places = lax.optimization_barrier(lax.top_k(candidates, count + 1))
-  shift = jnp.where(scores[0] > _NEVER, scores[0], 0.0)
   gap = jnp.where(scores[-1] > _NEVER, scores[-2] - scores[-1], jnp.inf)
 
   chosen, sources = _gather(beams, moves, ids, scores[:-1], places[:-1])
+  best = scores[0]
+  if chosen.words is not None:
+    best = best - chosen.words.bonus[0]
+  shift = jnp.where(best > _NEVER, best, 0.0)
   viterbi_best = jnp.maximum(
     chosen.viterbi_blank[0], chosen.viterbi_nonblank[0]
   )
@@ -540,6 +625,7 @@ def _gather(
   beam = places % count  # of the old beams
   slot = jnp.maximum(places // count - 1, 0)  # of the frame's tokens
   cell = beam * ids.size + slot
+  words = beams.words
   old = lambda field: field.at[beam].get(mode='promise_in_bounds')
   new = lambda field: field.reshape(-1).at[cell].get(mode='promise_in_bounds')
   last = jnp.where(
@@ -551,10 +637,21 @@ def _gather(
   nonblank_sources = jnp.where(
     stays, nonblank_sources, new(moves.extension_sources)
   )
+  extended_score = scores
+  if words is not None:  # the scores have the bonus in them
+    extended_score = new(moves.extension)
+    words = jax.tree.map(
+      lambda old_field, new_field: jnp.where(
+        stays, old(old_field), new(new_field)
+      ),
+      words,
+      moves.words,
+    )
   chosen = dataclasses.replace(
     beams,
     blank=jnp.where(stays, old(moves.stay_blank), _NEVER),
-    nonblank=jnp.where(stays, old(moves.stay_nonblank), scores),
+    nonblank=jnp.where(stays, old(moves.stay_nonblank), extended_score),
+    words=words,
     viterbi_blank=jnp.where(stays, old(moves.stay_viterbi_blank), _NEVER),
     viterbi_nonblank=jnp.where(
       stays, old(moves.stay_viterbi_nonblank), new(moves.extension_viterbi)

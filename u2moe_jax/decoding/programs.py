@@ -4,12 +4,15 @@ Each is compiled once per padded shape; settings that only change numbers
 (chunk size, left chunks) are traced, those that change the program are static.
 """
 
+from collections.abc import Iterator
+from collections.abc import Sequence
 import dataclasses
 import functools
 
 from flax import struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from u2moe_jax.array_types import Array
 from u2moe_jax.array_types import Bool
@@ -18,11 +21,15 @@ from u2moe_jax.array_types import Int
 from u2moe_jax.array_types import PyTree
 from u2moe_jax.decoding import attention_beam
 from u2moe_jax.decoding import greedy
+from u2moe_jax.decoding import hotwords
 from u2moe_jax.decoding import hypotheses
 from u2moe_jax.decoding import prefix_beam
+from u2moe_jax.decoding import prefix_tree
 from u2moe_jax.decoding import rescoring
 from u2moe_jax.layers import moe
+from u2moe_jax.models import decoder as decoder_lib
 from u2moe_jax.models import u2
+from u2moe_jax.ops import sequences
 
 
 @struct.dataclass
@@ -107,13 +114,23 @@ def search_greedy(encoded: Encoded, *, blank_id: int) -> hypotheses.Hypotheses:
   )
 
 
-@functools.partial(jax.jit, static_argnames=('beam', 'blank_id'))
+@functools.partial(jax.jit, static_argnames=('beam', 'blank_id', 'alignment'))
 def search_prefixes(
-  encoded: Encoded, *, beam: int, blank_id: int
+  encoded: Encoded,
+  *,
+  beam: int,
+  blank_id: int,
+  graph: hotwords.HotwordGraph | None = None,
+  alignment: prefix_beam.Alignment = 'best',
 ) -> hypotheses.Hypotheses:
-  """CTC prefix beam search."""
+  """CTC prefix beam search, drawn to the hotwords of a graph."""
   found = prefix_beam.ctc_prefix_beam_search(
-    encoded.log_probs, encoded.mask, beam=beam, blank_id=blank_id
+    encoded.log_probs,
+    encoded.mask,
+    beam=beam,
+    blank_id=blank_id,
+    graph=graph,
+    alignment=alignment,
   )
   return dataclasses.replace(
     found, margin=jnp.minimum(found.margin, encoded.margin)
@@ -121,7 +138,9 @@ def search_prefixes(
 
 
 @functools.partial(
-  jax.jit, static_argnums=0, static_argnames=('beam', 'length_penalty')
+  jax.jit,
+  static_argnums=0,
+  static_argnames=('beam', 'nbest', 'reference_limits'),
 )
 def search_attention(
   model: u2.U2MoeModel,
@@ -130,50 +149,75 @@ def search_attention(
   *,
   beam: int,
   length_penalty: float,
+  nbest: int | None = None,
+  reference_limits: bool = False,
 ) -> hypotheses.Hypotheses:
-  """Left-to-right beam search; at most one token per encoder frame."""
+  """Left-to-right beam search; at most one token per encoder frame.
+
+  Args:
+    model: the recogniser, with a left-to-right decoder.
+    params: its parameters.
+    encoded: the batch.
+    beam: hypotheses kept.
+    length_penalty: as in `attention_beam_search`.
+    nbest: hypotheses that are wanted; None for all.
+    reference_limits: as in the reference, allow a token per frame of the
+      padded batch, which makes a result depend on its batch, and count sos in
+      the length where it is not eos.
+  """
   frames, mask = encoded.frames, encoded.mask
   batch, num_frames = mask.shape
-  variables = {'params': params}
-  cache = model.apply(
-    variables,
-    frames,
-    rows=batch * beam,
-    capacity=num_frames,
-    method='init_step_cache',
+  max_lengths, counted_starts = jnp.sum(mask, axis=1), 0
+  if reference_limits:
+    max_lengths = jnp.full((batch,), num_frames, jnp.int32)
+    counted_starts = int(model.config.sos != model.config.eos)
+  decoder = u2.make_decoder(
+    model.config, model.config.decoder.num_blocks, unrolled=True
   )
+  variables = {'params': decoder_lib.unstack(params['forward_decoder'])}
 
-  def step(tokens, position, rows_first):
-    current = cache.replace(tokens=_swap_layers(rows_first))
-    log_probs, new = model.apply(
-      variables, tokens, position, current, mask, method='decode_step'
+  def step(inputs, cache):
+    logits, cache, stats = decoder.apply(
+      variables, inputs, cache, mask, method='step'
     )
-    return log_probs, _swap_layers(new.tokens)
+    return attention_beam.StepOutputs(
+      log_probs=jax.nn.log_softmax(logits),
+      cache=cache,
+      margin=_step_margin(stats, inputs.tokens),
+    )
 
   found = attention_beam.attention_beam_search(
     step,
-    _swap_layers(cache.tokens),
+    functools.partial(decoder_lib.grow, hypotheses=beam),
+    decoder.apply(
+      variables, frames, hypotheses=beam, capacity=0, method='init_step_cache'
+    ),
     batch=batch,
     beam=beam,
     sos_id=model.config.sos,
     eos_id=model.config.eos,
-    max_lengths=jnp.sum(mask, axis=1),
+    max_lengths=max_lengths,
     max_steps=num_frames,
     length_penalty=length_penalty,
+    counted_starts=counted_starts,
+    nbest=nbest,
   )
   return dataclasses.replace(
     found, margin=jnp.minimum(found.margin, encoded.margin)
   )
 
 
-def _swap_layers(tree: PyTree) -> PyTree:
-  """(L, R, ...) to (R, L, ...) and back: the search reorders rows."""
-  return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), tree)
+def _step_margin(
+  layers: Sequence[dict[str, moe.MoeStats]], tokens: Int[Array, 'B N']
+) -> Float[Array, 'B N']:
+  """Smallest router margin of each hypothesis at one step."""
+  margin = jnp.full(tokens.shape, jnp.inf, jnp.float32)
+  for layer in layers:
+    for stats in layer.values():
+      margin = jnp.minimum(margin, stats.margin.astype(jnp.float32))
+  return margin
 
 
-@functools.partial(
-  jax.jit, static_argnums=0, static_argnames=('ctc_weight', 'reverse_weight')
-)
 def search_rescoring(
   model: u2.U2MoeModel,
   params: PyTree,
@@ -183,37 +227,209 @@ def search_rescoring(
   *,
   ctc_weight: float,
   reverse_weight: float,
+  num_nodes: int | None = None,
 ) -> rescoring.Rescored:
-  """Scores an n-best list by both decoders in one pass, and re-ranks it."""
+  """Scores an n-best list by both decoders, and re-ranks it.
 
-  margins = [nbest.margin]
+  A decoder is asked once for what hypotheses have in common, so its cost goes
+  with the nodes of their prefix tree. (Not jitted as a whole: the number of
+  nodes, rounded up by `node_sizes`, is the shape of what is.)
 
-  def score(method: str, reverse: bool) -> jax.Array:
-    inputs, targets = rescoring.decoder_inputs(
-      nbest.tokens,
-      nbest.lengths,
-      sos_id=model.config.sos,
-      eos_id=model.config.eos,
-      reverse=reverse,
+  Args:
+    model: the recogniser.
+    params: its parameters.
+    nbest: the list.
+    frames: encoder frames.
+    mask: real frames.
+    ctc_weight: see `rescoring.combine`.
+    reverse_weight: the same; with 0 the right-to-left decoder is not run.
+    num_nodes: room for nodes, for callers that want one shape whatever comes;
+      None takes the size the list needs.
+
+  Raises:
+    ValueError: if there are more nodes than `num_nodes`.
+  """
+  forward, backward = None, None
+  counts = np.asarray(_count_nodes(nbest)).max(axis=1)  # [2]
+  for reverse in (False, True)[: 1 + (reverse_weight > 0)]:
+    count = int(counts[int(reverse)])
+    size = num_nodes or node_size(count)
+    if count > size:
+      raise ValueError(f'num_nodes={size} is too few; the list has {count}')
+    tree = _build_tree(
+      nbest, sos_id=model.config.sos, reverse=reverse, num_nodes=size
     )
-    size = inputs.shape[-1]
-    rows = u2.DecoderInputs(
-      tokens=inputs.reshape(-1, size), mask=(targets >= 0).reshape(-1, size)
-    )
-    scores = model.apply({'params': params}, rows, frames, mask, method=method)
-    margins.append(router_margin(scores.moe, rows=frames.shape[0]))
-    log_probs = jax.nn.log_softmax(scores.logits)
-    log_probs = log_probs.reshape(*inputs.shape, -1)  # [B, N, U1, V]
-    return rescoring.token_scores(log_probs, targets)
-
-  backward = None
-  if reverse_weight > 0:
-    backward = score('decode_backward', True)
-  forward = score('decode_forward', False)
-  return rescoring.combine(
-    dataclasses.replace(nbest, margin=functools.reduce(jnp.minimum, margins)),
+    scored = score_tree(model, params, tree, frames, mask, reverse=reverse)
+    forward, backward = (forward, scored) if reverse else (scored, None)
+  return _combine(
+    nbest,
     forward,
     backward,
     ctc_weight=ctc_weight,
     reverse_weight=reverse_weight,
   )
+
+
+def node_sizes() -> Iterator[int]:
+  """The rooms for nodes there are: multiples of 64, then four an octave."""
+  size = 64
+  while True:
+    yield size
+    size += max(64, 1 << (size.bit_length() - 3))
+
+
+def node_size(count: int) -> int:
+  """The least room for `count` nodes."""
+  return next(size for size in node_sizes() if size >= count)
+
+
+@struct.dataclass
+class TreeScores:
+  """What a decoder says of a prefix tree.
+
+  Attributes:
+    nodes: log-prob of each node's token after its parent.
+    ends: log-prob of the end after each node.
+    margin: smallest router margin of each utterance.
+  """
+
+  nodes: Float[Array, 'B nodes']
+  ends: Float[Array, 'B nodes']
+  margin: Float[Array, 'B']
+
+
+def _in_order(
+  nbest: hypotheses.Hypotheses, *, reverse: bool
+) -> Int[Array, 'B N U']:
+  """The tokens as a decoder reads them."""
+  if not reverse:
+    return nbest.tokens
+  turn = jax.vmap(sequences.reverse_by_length)
+  return turn(nbest.tokens, nbest.lengths)
+
+
+@jax.jit
+def _count_nodes(nbest: hypotheses.Hypotheses) -> Int[Array, '2 B']:
+  """Nodes of the trees of both directions."""
+  return jnp.stack(
+    [
+      prefix_tree.prefix_nodes(
+        _in_order(nbest, reverse=reverse), nbest.lengths
+      )[2]
+      for reverse in (False, True)
+    ]
+  )
+
+
+@functools.partial(jax.jit, static_argnames=('sos_id', 'reverse', 'num_nodes'))
+def _build_tree(
+  nbest: hypotheses.Hypotheses, *, sos_id: int, reverse: bool, num_nodes: int
+) -> prefix_tree.PrefixTree:
+  return prefix_tree.build(
+    _in_order(nbest, reverse=reverse),
+    nbest.lengths,
+    sos_id=sos_id,
+    num_nodes=num_nodes,
+  )
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames='reverse')
+def score_tree(
+  model: u2.U2MoeModel,
+  params: PyTree,
+  tree: prefix_tree.PrefixTree,
+  frames: Float[Array, 'B T D'],
+  mask: Bool[Array, 'B T'],
+  *,
+  reverse: bool,
+) -> TreeScores:
+  """Scores every node of a prefix tree by one decoder."""
+  inputs = u2.DecoderInputs(
+    tokens=tree.tokens,
+    mask=tree.mask,
+    positions=tree.positions,
+    attention_mask=tree.precedes_mask,
+  )
+  method = 'decode_backward' if reverse else 'decode_forward'
+  scores = model.apply({'params': params}, inputs, frames, mask, method=method)
+  logits = scores.logits  # [B, nodes, V]
+  total = jax.nn.logsumexp(logits, axis=-1)
+  rows = jnp.arange(frames.shape[0])[:, None]
+  of_parent = logits[rows, tree.parents, tree.tokens]
+  return TreeScores(
+    nodes=of_parent - jnp.take_along_axis(total, tree.parents, axis=1),
+    ends=logits[..., model.config.eos] - total,
+    margin=router_margin(scores.moe, rows=frames.shape[0]),
+  )
+
+
+@functools.partial(jax.jit, static_argnames=('ctc_weight', 'reverse_weight'))
+def _combine(
+  nbest: hypotheses.Hypotheses,
+  forward: TreeScores,
+  backward: TreeScores | None,
+  *,
+  ctc_weight: float,
+  reverse_weight: float,
+) -> rescoring.Rescored:
+  """Reads the trees, and re-ranks."""
+
+  def read(scored, reverse):
+    tokens = _in_order(nbest, reverse=reverse)
+    return prefix_tree.read(scored.nodes, scored.ends, tokens, nbest.lengths)
+
+  margin = jnp.minimum(nbest.margin, forward.margin)
+  if backward is not None:
+    margin = jnp.minimum(margin, backward.margin)
+  return rescoring.combine(
+    dataclasses.replace(nbest, margin=margin),
+    read(forward, False),
+    None if backward is None else read(backward, True),
+    ctc_weight=ctc_weight,
+    reverse_weight=reverse_weight,
+  )
+
+
+def score_nbest(
+  model: u2.U2MoeModel,
+  params: PyTree,
+  nbest: hypotheses.Hypotheses,
+  frames: Float[Array, 'B T D'],
+  mask: Bool[Array, 'B T'],
+  *,
+  reverse: bool,
+) -> tuple[Float[Array, 'B N U1'], Float[Array, 'B']]:
+  """Scores every token of an n-best list by one decoder, a row for each.
+
+  `search_rescoring` gets the same from the prefix tree; this is the form to
+  check it against.
+
+  Args:
+    model: the recogniser.
+    params: its parameters.
+    nbest: the list.
+    frames: encoder frames.
+    mask: real frames.
+    reverse: by the right-to-left decoder; the scores stand in its order.
+
+  Returns:
+    Log-probs of the tokens and the end, as `rescoring.token_scores` gives
+    them, and the smallest router margin of each utterance.
+  """
+  inputs, targets = rescoring.decoder_inputs(
+    nbest.tokens,
+    nbest.lengths,
+    sos_id=model.config.sos,
+    eos_id=model.config.eos,
+    reverse=reverse,
+  )
+  size = inputs.shape[-1]
+  rows = u2.DecoderInputs(
+    tokens=inputs.reshape(-1, size), mask=(targets >= 0).reshape(-1, size)
+  )
+  method = 'decode_backward' if reverse else 'decode_forward'
+  scores = model.apply({'params': params}, rows, frames, mask, method=method)
+  log_probs = jax.nn.log_softmax(scores.logits)
+  log_probs = log_probs.reshape(*inputs.shape, -1)  # [B, N, U1, V]
+  margin = router_margin(scores.moe, rows=frames.shape[0])
+  return rescoring.token_scores(log_probs, targets), margin

@@ -13,21 +13,25 @@ import numpy as np
 from u2moe_jax import config as config_lib
 from u2moe_jax.array_types import PyTree
 from u2moe_jax.checkpoint import directory
+from u2moe_jax.decoding import alignment
+from u2moe_jax.decoding import batching
+from u2moe_jax.decoding import hotwords
 from u2moe_jax.decoding import hypotheses
 from u2moe_jax.decoding import programs
 from u2moe_jax.frontend import audio
 from u2moe_jax.frontend import fbank
 from u2moe_jax.layers import subsampling
 from u2moe_jax.models import u2
+from u2moe_jax.ops import masks
+from u2moe_jax.sharding import placement
+from u2moe_jax.sharding import rules
 from u2moe_jax.text import tokenizer as tokenizer_lib
+from u2moe_jax.text import words as words_lib
 
 Audio = str | os.PathLike[str] | np.ndarray
 
-# Padded lengths grow by this factor: few shapes compile, little is padded.
-_SHORTEST_FRAMES = 100
-_LENGTH_GROWTH = 1.4
-_TOKEN_STEP = 16
-_MAX_ROWS = 64
+# Lists are cut to their longest hypothesis, rounded up to this.
+_TOKEN_STEP = 64
 
 
 class DecodeError(ValueError):
@@ -54,6 +58,8 @@ class Transcript:
     times: seconds at which each token ends; empty in `attention` mode, which
       knows none.
     confidence: probability per token, geometric mean; rescoring only.
+    token_confidence: probability of each token; rescoring only.
+    words: with start and end; empty where there are no times.
     margin: smallest gap any decision hung on, of routers and search; near 0
       another machine may decide otherwise.
     nbest: the alternatives, best first.
@@ -66,21 +72,8 @@ class Transcript:
   confidence: float | None
   margin: float
   nbest: tuple[Alternative, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class PaddedBatch:
-  """Utterances padded to one shape; rows behind them are empty.
-
-  Attributes:
-    indices: positions of the utterances in the caller's list.
-    features: (rows, padded frames, F).
-    lengths: real frames of each row.
-  """
-
-  indices: tuple[int, ...]
-  features: np.ndarray
-  lengths: np.ndarray
+  token_confidence: tuple[float, ...] = ()
+  words: tuple[words_lib.TimedWord, ...] = ()
 
 
 class Recognizer:
@@ -90,6 +83,7 @@ class Recognizer:
     config: decoding settings.
     description: the model.
     tokenizer: token table, None if the checkpoint has none.
+    hotwords: the phrases of `config.hotwords`, None without any.
   """
 
   def __init__(
@@ -100,6 +94,7 @@ class Recognizer:
     *,
     tokenizer: tokenizer_lib.Tokenizer | None = None,
     config: config_lib.DecodeConfig | None = None,
+    mesh: jax.sharding.Mesh | None = None,
   ):
     """Ties the parts together; nothing compiles yet.
 
@@ -109,18 +104,47 @@ class Recognizer:
       buffers: its buffers.
       tokenizer: ids to text; None prints ids.
       config: decoding settings.
+      mesh: devices that share each batch, the parameters on all of them; None:
+        wherever the parameters are.
 
     Raises:
-      DecodeError: if the model has not the decoder a mode needs.
+      DecodeError: if the model has not the decoder a mode needs, or cannot
+        take hotwords.
+      hotwords.HotwordError: if the list of hotwords cannot be used.
     """
     self.config = config or config_lib.DecodeConfig()
     self.description = description
     self.tokenizer = tokenizer
+    self.mesh = mesh
+    if mesh is not None:
+      everywhere = placement.replicated(mesh)
+      params, buffers = jax.device_put((params, buffers), everywhere)
     self.params = params
     self.buffers = buffers
     self.model = u2.U2MoeModel(description.model)
     self.geometry = subsampling.geometry(description.model.encoder.subsampling)
     _require_decoders(self.config, description.model)
+    self.hotwords = self._load_hotwords()
+
+  def _load_hotwords(self) -> hotwords.HotwordGraph | None:
+    config = self.config
+    if not config.hotwords:
+      return None
+    if config.mode not in ('ctc_prefix_beam_search', 'attention_rescoring'):
+      raise DecodeError(
+        f'mode {config.mode} takes no hotwords; use ctc_prefix_beam_search or '
+        'attention_rescoring'
+      )
+    if self.tokenizer is None:
+      raise DecodeError(
+        'hotwords need a token table, and this checkpoint has none'
+      )
+    return hotwords.load(
+      config.hotwords,
+      self.tokenizer,
+      score=config.hotword_score,
+      vocab_size=self.description.model.vocab_size,
+    )
 
   @classmethod
   def from_checkpoint(
@@ -128,6 +152,7 @@ class Recognizer:
     path: str | os.PathLike[str],
     *,
     config: config_lib.DecodeConfig | None = None,
+    mesh: jax.sharding.Mesh | None = None,
   ) -> 'Recognizer':
     """Opens a model directory, a work directory or one of its steps.
 
@@ -139,7 +164,12 @@ class Recognizer:
     params, buffers = directory.restore(found)
     tokenizer = tokenizer_lib.load(found.tokens) if found.tokens else None
     return cls(
-      found.description, params, buffers, tokenizer=tokenizer, config=config
+      found.description,
+      params,
+      buffers,
+      tokenizer=tokenizer,
+      config=config,
+      mesh=mesh,
     )
 
   def with_config(self, config: config_lib.DecodeConfig) -> 'Recognizer':
@@ -150,6 +180,7 @@ class Recognizer:
       self.buffers,
       tokenizer=self.tokenizer,
       config=config,
+      mesh=self.mesh,
     )
 
   def transcribe(
@@ -199,37 +230,74 @@ class Recognizer:
     """Log-mel frames (T_in, F) of a waveform."""
     return fbank.fbank(waveform, self.description.features)
 
-  def batches(self, features: Sequence[np.ndarray]) -> Iterator[PaddedBatch]:
+  def plan(self, seconds: Sequence[float]) -> Iterator[list[int]]:
+    """Groups utterances as `batches` will, before their sound is loaded."""
+    features = self.description.features
+    rate = features.sample_rate
+    lengths = [fbank.num_frames(round(s * rate), features) for s in seconds]
+    for indices, _, _ in self._plan(lengths):
+      yield indices
+
+  def batches(
+    self, features: Sequence[np.ndarray]
+  ) -> Iterator[batching.PaddedBatch]:
     """Groups utterances into padded batches of few shapes, shortest first."""
+    for indices, frames, rows in self._plan([len(each) for each in features]):
+      bins = self.description.features.num_mel_bins
+      rows_of = [features[i] for i in indices]
+      yield batching.pad(indices, rows_of, frames, rows, bins)
+
+  def _plan(
+    self, lengths: Sequence[int]
+  ) -> Iterator[tuple[list[int], int, int]]:
     frame_ms = self.description.features.frame_shift_ms
-    for indices, frames, rows in _plan(
-      [len(each) for each in features],
+    return batching.plan(
+      lengths,
       max_frames=int(self.config.batch_seconds * 1000 / frame_ms),
       smallest=self.geometry.window(1),
-    ):
-      bins = self.description.features.num_mel_bins
-      yield _pad(indices, [features[i] for i in indices], frames, rows, bins)
+      parts=self._parts,
+    )
 
-  def search(self, batch: PaddedBatch) -> list[Transcript]:
+  def search(self, batch: batching.PaddedBatch) -> list[Transcript]:
     """Searches one padded batch; one transcript per utterance of it."""
-    found = self._search(batch.features, batch.lengths)
+    found = self._search(self.encode(batch))
     return list(itertools.islice(found, len(batch.indices)))
 
-  def _search(
-    self, features: np.ndarray, lengths: np.ndarray
-  ) -> Iterator[Transcript]:
-    """Searches one padded batch in the configured mode."""
+  def encode(self, batch: batching.PaddedBatch) -> programs.Encoded:
+    """Encodes one padded batch under the configured chunks."""
     config = self.config
-    encoded = programs.encode(
+    features, lengths = self._place(batch)
+    return programs.encode(
       self.model,
       self.params,
       self.buffers,
-      jnp.asarray(features),
-      jnp.asarray(lengths),
+      features,
+      lengths,
       chunk_size=config.chunk_size,
       left_chunks=config.left_chunks,
       blank_penalty=config.blank_penalty,
     )
+
+  @property
+  def _parts(self) -> int:
+    """Devices that share a batch."""
+    if self.mesh is None:
+      return 1
+    return placement.batch_parts(self.mesh, rules.STANDARD)
+
+  def _place(self, batch: batching.PaddedBatch) -> tuple[jax.Array, jax.Array]:
+    """Brings features and lengths onto the devices."""
+    if self.mesh is None:
+      return jnp.asarray(batch.features), jnp.asarray(batch.lengths)
+    sharding = placement.batch_sharding(self.mesh, rules.STANDARD)
+    return (
+      jax.device_put(batch.features, sharding),
+      jax.device_put(batch.lengths, sharding),
+    )
+
+  def _search(self, encoded: programs.Encoded) -> Iterator[Transcript]:
+    """Searches one encoded batch in the configured mode."""
+    config = self.config
     if config.mode == 'attention_rescoring':
       found = self._search_ctc(encoded)
       yield from self.rescore(found, encoded.frames, encoded.mask)
@@ -240,17 +308,22 @@ class Recognizer:
         encoded,
         beam=config.beam,
         length_penalty=config.length_penalty,
+        nbest=config.nbest,
       )
       yield from self.read(found)
     else:
-      yield from self.read(self._search_ctc(encoded))
+      num_frames = np.asarray(encoded.mask).sum(axis=1)
+      yield from self.read(self._search_ctc(encoded), num_frames=num_frames)
 
   def _search_ctc(self, encoded: programs.Encoded) -> hypotheses.Hypotheses:
     blank_id = self.description.model.blank_id
     if self.config.mode == 'ctc_greedy_search':
       return programs.search_greedy(encoded, blank_id=blank_id)
     return programs.search_prefixes(
-      encoded, beam=self.config.beam, blank_id=blank_id
+      encoded,
+      beam=self.config.beam,
+      blank_id=blank_id,
+      graph=self.hotwords,
     )
 
   def rescore(
@@ -259,12 +332,12 @@ class Recognizer:
     """Re-ranks an n-best list by the attention decoders.
 
     Args:
-      nbest: the list, with CTC scores.
+      nbest: the list, with CTC scores (with hotwords: and their bonus, which
+        `ctc_weight` weighs with them).
       frames: encoder frames (B, T, D).
       mask: real frames (B, T).
     """
-    # The decoders' cost goes with the padded length: cut to the longest
-    # hypothesis, in steps so that few shapes compile.
+    # There is room for a token per frame; most of it is empty.
     longest = int(np.max(np.asarray(nbest.lengths), initial=0))
     size = -(-max(longest, 1) // _TOKEN_STEP) * _TOKEN_STEP
     nbest = dataclasses.replace(
@@ -282,14 +355,65 @@ class Recognizer:
       reverse_weight=self.config.reverse_weight,
     )
     confidence = np.asarray(rescored.confidence)[:, 0]
-    for transcript, value in zip(self.read(rescored.hypotheses), confidence):
+    transcripts = self.read(
+      rescored.hypotheses,
+      num_frames=np.asarray(mask).sum(axis=1),
+      token_confidence=np.asarray(rescored.token_confidence)[:, 0],
+    )
+    for transcript, value in zip(transcripts, confidence, strict=True):
       yield dataclasses.replace(transcript, confidence=float(value))
 
-  def read(self, found: hypotheses.Hypotheses) -> Iterator[Transcript]:
-    """Turns arrays into transcripts, one per utterance."""
+  def read(
+    self,
+    found: hypotheses.Hypotheses,
+    *,
+    num_frames: np.ndarray | None = None,
+    token_confidence: np.ndarray | None = None,
+  ) -> Iterator[Transcript]:
+    """Turns arrays into transcripts, one per utterance.
+
+    Args:
+      found: the n-best lists.
+      num_frames: real encoder frames of each utterance, where the last word
+        ends at the latest; None: with its last token.
+      token_confidence: probability of each token of the first hypotheses.
+    """
     found = jax.device_get(found)
     for row in range(found.lengths.shape[0]):
-      yield self._read_row(found, row)
+      transcript = self._read_row(found, row)
+      times = found.times[row, 0, : len(transcript.tokens)]
+      last = int(times.max(initial=-1)) + 1
+      confidence = None
+      if token_confidence is not None:
+        confidence = token_confidence[row, : len(times)].tolist()
+      yield dataclasses.replace(
+        transcript,
+        token_confidence=tuple(confidence or ()),
+        words=self._words(
+          transcript.tokens,
+          times[times >= 0].tolist(),
+          num_frames=last if num_frames is None else int(num_frames[row]),
+          confidence=confidence,
+        ),
+      )
+
+  @property
+  def frame_seconds(self) -> float:
+    """Seconds per encoder frame."""
+    shift = self.description.features.frame_shift_ms / 1000
+    return self.geometry.rate * shift
+
+  def _words(self, tokens, times, *, num_frames, confidence):
+    """Words with their times, where there are any."""
+    if len(times) < len(tokens):
+      return ()
+    spans = alignment.token_spans(
+      times, num_frames=num_frames, frame_seconds=self.frame_seconds
+    )
+    words = words_lib.timed(
+      tokens, spans, self.tokenizer, confidence=confidence
+    )
+    return tuple(words)
 
   def _read_row(self, found: hypotheses.Hypotheses, row: int) -> Transcript:
     alternatives = []
@@ -301,8 +425,7 @@ class Recognizer:
       alternatives.append(Alternative(self.text(tokens), tuple(tokens), score))
     best = alternatives[0]
     times = found.times[row, 0, : len(best.tokens)]
-    features = self.description.features
-    seconds = self.geometry.rate * features.frame_shift_ms / 1000
+    seconds = self.frame_seconds
     return Transcript(
       text=best.text,
       tokens=best.tokens,
@@ -339,41 +462,37 @@ def _require_decoders(
     )
 
 
-def _plan(
-  lengths: Sequence[int], *, max_frames: int, smallest: int
-) -> Iterator[tuple[list[int], int, int]]:
-  """Groups utterances into batches of few shapes, shortest first.
-
-  Yields:
-    (indices, padded frames, padded rows).
-  """
-  padded = [_padded_frames(max(length, smallest)) for length in lengths]
-  order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-  start = 0
-  while start < len(order):
-    frames = padded[order[start]]
-    rows = max(1, min(_MAX_ROWS, max_frames // frames))
-    indices = [i for i in order[start : start + rows] if padded[i] == frames]
-    # A lone utterance keeps a shape of its own, so transcribe() is not
-    # charged for empty rows.
-    yield indices, frames, 1 if len(order) == 1 else rows
-    start += len(indices)
-
-
-def _padded_frames(length: int) -> int:
-  frames = _SHORTEST_FRAMES
-  while frames < length:
-    frames = int(frames * _LENGTH_GROWTH)
-  return frames
-
-
-def _pad(indices, features, padded_frames, rows, num_bins) -> PaddedBatch:
-  batch = np.zeros((rows, padded_frames, num_bins), np.float32)
-  lengths = np.zeros((rows,), np.int32)
-  for row, frames in enumerate(features):
-    batch[row, : len(frames)] = frames
-    lengths[row] = len(frames)
-  return PaddedBatch(tuple(indices), batch, lengths)
+def cautions(
+  config: config_lib.DecodeConfig, model: config_lib.ModelConfig
+) -> list[str]:
+  """What the model can do, but was never trained for; one line each."""
+  encoder, found = model.encoder, []
+  longest = masks.MAX_CHUNK_INPUT_FRAMES
+  longest //= subsampling.geometry(encoder.subsampling).rate
+  static = encoder.static_chunk_size
+  if config.chunk_size > 0:
+    if encoder.use_dynamic_chunk and config.chunk_size > longest:
+      found.append(
+        f'chunk_size={config.chunk_size}: this model was trained with chunks '
+        f'of 1 to {longest} frames, and full context'
+      )
+    elif not encoder.use_dynamic_chunk and config.chunk_size != static:
+      trained = f'chunks of {static} frames' if static > 0 else 'full context'
+      found.append(
+        f'chunk_size={config.chunk_size}: this model was trained with '
+        f'{trained} only (encoder.use_dynamic_chunk=false)'
+      )
+    if config.left_chunks >= 0 and not encoder.use_dynamic_left_chunk:
+      found.append(
+        f'left_chunks={config.left_chunks}: this model was trained with all '
+        'the left context (encoder.use_dynamic_left_chunk=false)'
+      )
+  elif not encoder.use_dynamic_chunk and static > 0:
+    found.append(
+      f'chunk_size=-1: this model was trained with chunks of {static} frames '
+      'only'
+    )
+  return found
 
 
 def _resize(array: jax.Array, size: int) -> jax.Array:

@@ -6,6 +6,9 @@ The score of a hypothesis is
 
 with L2R and R2L the log-probs that the two decoders give to its tokens and the
 end, CTC its score in the n-best list, g = `reverse_weight`, a = `ctc_weight`.
+After a search with hotwords CTC is log-prob and bonus together: the list is
+ordered by that, and a bonus stands for evidence as the log-prob does. (The
+reference takes the bonus off before rescoring.)
 """
 
 import dataclasses

@@ -18,6 +18,7 @@ from u2moe_jax.array_types import Bool
 from u2moe_jax.array_types import Float
 from u2moe_jax.array_types import Int
 from u2moe_jax.array_types import PyTree
+from u2moe_jax.decoding import hotwords
 from u2moe_jax.decoding import hypotheses
 from u2moe_jax.decoding import prefix_beam
 from u2moe_jax.decoding import programs
@@ -71,6 +72,7 @@ def chunk_step(
   state: StreamState,
   *,
   blank_penalty: float,
+  graph: hotwords.HotwordGraph | None = None,
 ) -> tuple[ChunkOutput, StreamState]:
   """Encodes and searches the next chunk of B streams."""
   variables = {'params': params}
@@ -84,13 +86,17 @@ def chunk_step(
     method='ctc_log_probs',
   )
   beams = prefix_beam.advance(
-    state.beams, log_probs, encoded.mask, blank_id=model.config.blank_id
+    state.beams,
+    log_probs,
+    encoded.mask,
+    blank_id=model.config.blank_id,
+    graph=graph,
   )
   margin = programs.router_margin(encoded.moe, rows=features.shape[0])
   state = StreamState(
     cache=cache, beams=beams, margin=jnp.minimum(state.margin, margin)
   )
-  found = prefix_beam.finish(beams)
+  found = prefix_beam.finish(beams, graph=graph)
   output = ChunkOutput(frames=encoded.frames, mask=encoded.mask, found=found)
   return output, state
 
@@ -156,7 +162,12 @@ class Stream:
         capacity=capacity,
         dtype=jnp.dtype(model.dtype),
       ),
-      beams=prefix_beam.init_state(1, beam=config.beam, max_tokens=self._room),
+      beams=prefix_beam.init_state(
+        1,
+        beam=config.beam,
+        max_tokens=self._room,
+        with_hotwords=recognizer.hotwords is not None,
+      ),
       margin=jnp.full((1,), jnp.inf, jnp.float32),
     )
 
@@ -215,6 +226,7 @@ class Stream:
       jnp.full((1,), num_valid, jnp.int32),
       self._state,
       blank_penalty=recognizer.config.blank_penalty,
+      graph=recognizer.hotwords,
     )
     self._outputs.append(output)
     self._offset += num_valid
@@ -260,7 +272,7 @@ class Stream:
 
   def _final(self) -> recognizer_lib.Transcript:
     recognizer = self._recognizer
-    found = prefix_beam.finish(self._state.beams)
+    found = prefix_beam.finish(self._state.beams, graph=recognizer.hotwords)
     margin = jnp.minimum(found.margin, self._state.margin)
     found = dataclasses.replace(found, margin=margin)
     if recognizer.config.mode != 'attention_rescoring' or not self._outputs:

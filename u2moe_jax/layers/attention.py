@@ -27,23 +27,55 @@ class KeyValue:
   key: Float[Array, 'B P H K']
   value: Float[Array, 'B P H K']
 
+  @property
+  def layout(self) -> dot_product.Layout:
+    """How the axes lie."""
+    return 'BPHK'
 
-def _join(
-  past: KeyValue | None, new: KeyValue, write_at: Array | None
-) -> KeyValue:
+
+@struct.dataclass
+class HeadsFirst:
+  """The same as a matrix product reads them.
+
+  For caches that a loop reads at every step: with frames first, each step
+  would move the whole cache before it multiplies.
+  """
+
+  key: Float[Array, 'B H P K']
+  value: Float[Array, 'B H P K']
+
+  @property
+  def layout(self) -> dot_product.Layout:
+    """How the axes lie."""
+    return 'BHPK'
+
+
+Keys = KeyValue | HeadsFirst
+
+
+def heads_first(keys: Keys) -> HeadsFirst:
+  """Brings the heads in front of the frames."""
+  if isinstance(keys, HeadsFirst):
+    return keys
+  move = lambda x: jnp.swapaxes(x, 1, 2)
+  return HeadsFirst(key=move(keys.key), value=move(keys.value))
+
+
+def _join(past: Keys | None, new: Keys, write_at: Array | None) -> Keys:
   """Appends the new keys and values to the past, or writes them into it."""
   if past is None:
     return new
+  axis = 1
+  if isinstance(past, HeadsFirst):
+    new, axis = heads_first(new), 2
 
   def join(old, fresh):
     fresh = fresh.astype(old.dtype)
     if write_at is None:
-      return jnp.concatenate([old, fresh], axis=1)
-    return jax.lax.dynamic_update_slice_in_dim(old, fresh, write_at, axis=1)
+      return jnp.concatenate([old, fresh], axis=axis)
+    return jax.lax.dynamic_update_slice_in_dim(old, fresh, write_at, axis=axis)
 
-  return KeyValue(
-    key=join(past.key, new.key), value=join(past.value, new.value)
-  )
+  return jax.tree.map(join, past, new)
 
 
 class MultiHeadAttention(nn.Module):
@@ -67,21 +99,22 @@ class MultiHeadAttention(nn.Module):
   def __call__(
     self,
     x: Float[Array, 'B T D'],
-    memory: Float[Array, 'B new D'] | KeyValue,
+    memory: Float[Array, 'B new D'] | Keys,
     mask: Bool[Array, '#B #T P'],
     *,
-    past: KeyValue | None = None,
+    past: Keys | None = None,
     key_embedding: Float[Array, '#B P D'] | None = None,
     rotation: positional.Rotation | None = None,
     write_at: Int[Array, ''] | None = None,
-  ) -> tuple[Float[Array, 'B T D'], KeyValue]:
+  ) -> tuple[Float[Array, 'B T D'], Keys]:
     """Attends from `x` to `past` followed by `memory`.
 
     Args:
       x: queries before projection.
       memory: frames to project to keys and values, or projected ones.
       mask: True where a query may look at a key; P counts past and new.
-      past: cached keys and values, in front of those of `memory`.
+      past: cached keys and values, in front of those of `memory`; their
+        layout is that of the result.
       key_embedding: position embedding of every key, with `key_position`.
       rotation: rotary angles of the new frames, applied to queries and new
         keys; cached keys were rotated when they were new.
@@ -93,7 +126,8 @@ class MultiHeadAttention(nn.Module):
     width = x.shape[-1]
     head_dim = width // self.num_heads
     query = self._project('query', width)(x)  # [B, T, H, K]
-    if isinstance(memory, KeyValue):
+    new: Keys
+    if isinstance(memory, Keys):
       new = memory
     else:
       new = KeyValue(
@@ -108,12 +142,14 @@ class MultiHeadAttention(nn.Module):
     if self.key_position:
       key, key_score = self._position_terms(key, key_embedding, head_dim)
     weights = dot_product.attention_weights(
-      query, key, mask, key_score=key_score
+      query, key, mask, key_score=key_score, layout=keys.layout
     )
     weights = nn.Dropout(self.dropout)(
       weights, deterministic=not self.has_rng('dropout')
     )
-    output = dot_product.weighted_values(weights, keys.value)
+    output = dot_product.weighted_values(
+      weights, keys.value, layout=keys.layout
+    )
     output = linear.dense(
       width,
       fan_in=width,

@@ -125,8 +125,7 @@ class ConvolutionModule(nn.Module):
     if self.norm == 'layer_norm':
       return linear.layer_norm('norm')(x), None
     if self.norm == 'rms_norm':
-      norm = nn.RMSNorm(epsilon=_EPSILON, name='norm')
-      return norm(x), None
+      return self._rms_norm(x), None
     if running is None:
       raise ValueError('batch_norm needs its running statistics (buffers)')
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -138,6 +137,13 @@ class ConvolutionModule(nn.Module):
     scale = self._channel_param('scale', nn.initializers.ones, x)
     bias = self._channel_param('bias', nn.initializers.zeros, x)
     return x * scale[None, None] + bias[None, None], running
+
+  def _rms_norm(self, x):
+    """Scales by 1 + offset, as the reference does; it stores the offset."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    power = jnp.mean(x**2, axis=-1, keepdims=True)
+    offset = self._channel_param('offset', nn.initializers.zeros, x)
+    return x * jax.lax.rsqrt(power + _EPSILON) * (1 + offset)[None, None]
 
   def _channel_param(self, name, init, x):
     names = (axes.CONV_CHANNEL,)

@@ -72,10 +72,12 @@ class ConformerBlock(nn.Module):
 
   Attributes:
     config: the encoder.
+    experts: which feed-forward layers have experts.
     dtype: compute type.
   """
 
   config: config_lib.EncoderConfig
+  experts: tuple[str, ...]
   dtype: linear.Dtype = jnp.float32
 
   @nn.compact
@@ -111,7 +113,7 @@ class ConformerBlock(nn.Module):
   def _feed_forward(self, x, name, context, stats):
     config = self.config
     x = self._normed(f'ffn_{name}', x)
-    if config.moe.num_experts:
+    if name in self.experts:
       experts = moe.MoeFeedForward(
         config.moe,
         config.ffn_dim,

@@ -2,9 +2,15 @@
 
 Both are the same stack with their own parameters; the right-to-left one is
 fed reversed tokens, and positions run forward in both.
+
+While decoding, the hypotheses of an utterance stand where the tokens of a text
+stand in training: side by side on the time axis, told apart by the mask. Each
+step writes their keys and values behind those of the step before and never
+moves them; which of them belong to a hypothesis is said by its ancestry.
 """
 
 import dataclasses
+from typing import Any
 
 from flax import linen as nn
 from flax import struct
@@ -16,6 +22,7 @@ from u2moe_jax.array_types import Array
 from u2moe_jax.array_types import Bool
 from u2moe_jax.array_types import Float
 from u2moe_jax.array_types import Int
+from u2moe_jax.array_types import PyTree
 from u2moe_jax.array_types import typechecked
 from u2moe_jax.layers import attention
 from u2moe_jax.layers import feed_forward
@@ -39,7 +46,7 @@ class DecoderContext:
     attention_mask: True where a token may look; P counts cached and new.
     memory_mask: True for real encoder frames.
     memory: encoder frames; None where they come projected.
-    write_at: position of the new token in the cache, while decoding.
+    write_at: where the new tokens go in the cache, while decoding.
   """
 
   token_mask: Bool[Array, 'R U1']
@@ -50,23 +57,46 @@ class DecoderContext:
 
 
 @struct.dataclass
-class DecoderCache:
-  """State of an autoregressive search, layers stacked in front.
+class LayerCache:
+  """What a layer keeps during an autoregressive search.
 
   Attributes:
-    tokens: self-attention keys and values, room for P tokens.
+    tokens: self-attention keys and values, those of token `p` of hypothesis
+      `n` at place p * N + n.
     memory: projected encoder frames.
   """
 
-  tokens: attention.KeyValue
-  memory: attention.KeyValue
+  tokens: attention.HeadsFirst
+  memory: attention.HeadsFirst
+
+
+# One for each layer: stacked in one array they would be copied at every step.
+DecoderCache = tuple[LayerCache, ...]
+
+
+@struct.dataclass
+class StepInputs:
+  """The newest token of N hypotheses for each of B utterances.
+
+  Attributes:
+    tokens: their ids.
+    position: their position, the same for all.
+    ancestry: of every hypothesis, at which place 0..N-1 its ancestor stood at
+      each of P positions, its own place at `position`; -1 for those to come.
+    live: False for hypotheses whose scores nobody will read.
+  """
+
+  tokens: Int[Array, 'B N']
+  position: Int[Array, '']
+  ancestry: Int[Array, 'B N P']
+  live: Bool[Array, 'B N']
 
 
 @struct.dataclass
 class LayerOutput:
   """A layer's side results: keys and values, and MoE statistics if any."""
 
-  keys: attention.KeyValue
+  keys: attention.Keys
   moe: dict[str, moe.MoeStats]
 
 
@@ -75,10 +105,12 @@ class DecoderLayer(nn.Module):
 
   Attributes:
     config: the decoder.
+    experts: `('ffn',)` if the feed-forward layer has experts, else `()`.
     dtype: compute type.
   """
 
   config: config_lib.DecoderConfig
+  experts: tuple[str, ...]
   dtype: linear.Dtype = jnp.float32
 
   @nn.compact
@@ -86,7 +118,7 @@ class DecoderLayer(nn.Module):
   def __call__(
     self,
     x: Float[Array, 'R U1 D'],
-    cache: DecoderCache | None,
+    cache: LayerCache | None,
     context: DecoderContext,
   ) -> tuple[Float[Array, 'R U1 D'], LayerOutput]:
     normed = self._normed('self_attention', x)
@@ -136,7 +168,7 @@ class DecoderLayer(nn.Module):
 
   def _feed_forward(self, x, context):
     config = self.config
-    if config.moe.num_experts:
+    if 'ffn' in self.experts:
       experts = moe.MoeFeedForward(
         config.moe,
         config.ffn_dim,
@@ -165,6 +197,8 @@ class TransformerDecoder(nn.Module):
     vocab_size: tokens V.
     model_dim: width D.
     dtype: compute type.
+    unrolled: every layer is a module of its own, as `step` needs it, and the
+      parameters are those of `unstack`.
   """
 
   config: config_lib.DecoderConfig
@@ -172,6 +206,7 @@ class TransformerDecoder(nn.Module):
   vocab_size: int
   model_dim: int
   dtype: linear.Dtype = jnp.float32
+  unrolled: bool = False
 
   def setup(self):
     self.embedding = nn.Embed(
@@ -182,13 +217,15 @@ class TransformerDecoder(nn.Module):
       ),
       dtype=self.dtype,
     )
-    layers = stack.scanned(
-      DecoderLayer,
-      length=self.num_blocks,
-      scan=self.config.scan_blocks,
-      remat=self.config.remat,
-    )
-    self.layers = layers(self.config, dtype=self.dtype)
+    if self.unrolled:
+      self.layers: Any = [
+        DecoderLayer(self.config, experts, dtype=self.dtype)
+        for experts in self._kinds
+      ]
+    else:
+      self.layers = stack.build(
+        DecoderLayer, self.config, self._kinds, dtype=self.dtype
+      )
     self.norm = linear.layer_norm()
     self.output = linear.dense(
       self.vocab_size,
@@ -198,6 +235,10 @@ class TransformerDecoder(nn.Module):
     )
     self.positional_dropout = nn.Dropout(self.config.positional_dropout)
 
+  @property
+  def _kinds(self) -> stack.Kinds:
+    return self.config.expert_ffns(self.num_blocks)
+
   @typechecked
   def __call__(
     self,
@@ -205,6 +246,9 @@ class TransformerDecoder(nn.Module):
     token_mask: Bool[Array, 'R U1'],
     memory: Float[Array, 'B T D'],
     memory_mask: Bool[Array, 'B T'],
+    *,
+    positions: Int[Array, '#R U1'] | None = None,
+    attention_mask: Bool[Array, '#R U1 U1'] | None = None,
   ) -> tuple[Float[Array, 'R U1 V'], dict[str, moe.MoeStats]]:
     """Scores every next token, teacher-forced.
 
@@ -214,74 +258,96 @@ class TransformerDecoder(nn.Module):
       token_mask: True for real inputs.
       memory: encoder frames.
       memory_mask: True for real frames.
+      positions: of the inputs in their texts; None: a row is one text.
+      attention_mask: which inputs precede which, themselves included; None: a
+        row is one text.
 
     Returns:
-      Logits in float32, and MoE statistics stacked over layers.
+      Logits in float32, and MoE statistics stacked over the layers with
+      experts.
     """
     size = tokens.shape[1]
+    if positions is None:
+      positions = jnp.arange(size)[None]
+    if attention_mask is None:
+      attention_mask = masks.causal_mask(size)[None]
     context = DecoderContext(
       token_mask=token_mask,
-      attention_mask=masks.causal_mask(size)[None] & token_mask[:, None],
+      attention_mask=attention_mask & token_mask[:, None],
       memory=memory,
       memory_mask=memory_mask,
     )
-    x = self._embed(tokens, jnp.arange(size)[None])
-    x, output = self.layers(x, None, context)
+    x = self._embed(tokens, positions)
+    x, output = stack.run(self.layers, self._kinds, x, None, context)
     return self._logits(x), output.moe
 
   @typechecked
   def step(
     self,
-    tokens: Int[Array, 'R'],
-    position: Int[Array, ''],
+    inputs: StepInputs,
     cache: DecoderCache,
     memory_mask: Bool[Array, 'B T'],
-  ) -> tuple[Float[Array, 'R V'], DecoderCache]:
-    """Scores the next token after `tokens` at `position`.
+  ) -> tuple[
+    Float[Array, 'B N V'], DecoderCache, list[dict[str, moe.MoeStats]]
+  ]:
+    """Scores what follows the newest tokens; needs the unrolled form.
 
     Args:
-      tokens: the newest token of each hypothesis.
-      position: its position, the same for all.
+      inputs: the newest tokens and where they belong.
       cache: earlier tokens, and the memory.
       memory_mask: True for real frames.
 
     Returns:
-      Logits in float32, and the cache with this token in it.
+      Logits in float32, the cache with these tokens in it, and the MoE
+      statistics of each layer.
     """
-    capacity = cache.tokens.key.shape[2]
+    batch, places = inputs.tokens.shape
+    slots = jnp.arange(places)[None, None, None]
+    visible = inputs.ancestry[..., None] == slots  # [B, N, P, N]
     context = DecoderContext(
-      token_mask=jnp.ones((tokens.shape[0], 1), bool),
-      attention_mask=jnp.arange(capacity)[None, None] <= position,
+      token_mask=inputs.live,
+      attention_mask=visible.reshape(batch, places, -1),
       memory_mask=memory_mask,
-      write_at=position,
+      write_at=inputs.position * places,
     )
-    x = self._embed(tokens[:, None], position[None, None])
-    x, output = self.layers(x, cache, context)
-    return self._logits(x)[:, 0], dataclasses.replace(cache, tokens=output.keys)
+    x = self._embed(inputs.tokens, inputs.position[None, None])
+    written, stats = [], []
+    for layer, own in zip(self.layers, cache, strict=True):
+      x, output = layer(x, own, context)
+      tokens = attention.heads_first(output.keys)
+      written.append(dataclasses.replace(own, tokens=tokens))
+      stats.append(output.moe)
+    return self._logits(x), tuple(written), stats
 
   def init_step_cache(
-    self, memory: Float[Array, 'B T D'], *, rows: int, capacity: int
+    self, memory: Float[Array, 'B T D'], *, hypotheses: int, capacity: int
   ) -> DecoderCache:
     """A cache for `step`: no tokens yet, the memory projected once.
 
     Args:
       memory: encoder frames.
-      rows: hypotheses R, a multiple of B.
-      capacity: tokens there is room for.
+      hypotheses: N.
+      capacity: tokens P of each that there is room for.
     """
-    stacked = self.layers.variables['params']['cross_attention']
-
-    def project(name):
-      part = jax.tree.map(lambda x: x.astype(self.dtype), stacked[name])
-      bias = part['bias'][:, None, None]  # [L, 1, 1, H, K]
-      return jnp.einsum('BTD,LDHK->LBTHK', memory, part['kernel']) + bias
-
     heads = self.config.num_heads
-    shape = (self.num_blocks, rows, capacity, heads, self.model_dim // heads)
-    empty = jnp.zeros(shape, self.dtype)
-    return DecoderCache(
-      tokens=attention.KeyValue(key=empty, value=empty),
-      memory=attention.KeyValue(key=project('key'), value=project('value')),
+    size = (capacity * hypotheses, self.model_dim // heads)
+    empty = jnp.zeros((memory.shape[0], heads, *size), self.dtype)
+    tokens = attention.HeadsFirst(key=empty, value=empty)
+
+    def project(layer, name):
+      parameters = layer.variables['params']['cross_attention'][name]
+      part = jax.tree.map(lambda x: x.astype(self.dtype), parameters)
+      bias = part['bias'][None, :, None]  # [1, H, 1, K]
+      return jnp.einsum('BTD,DHK->BHTK', memory, part['kernel']) + bias
+
+    return tuple(
+      LayerCache(
+        tokens=tokens,
+        memory=attention.HeadsFirst(
+          key=project(layer, 'key'), value=project(layer, 'value')
+        ),
+      )
+      for layer in self.layers
     )
 
   def _embed(self, tokens, positions):
@@ -293,3 +359,33 @@ class TransformerDecoder(nn.Module):
   def _logits(self, x):
     x = self.norm(x).astype(self.dtype)
     return self.output(x).astype(jnp.promote_types(jnp.float32, self.dtype))
+
+
+def unstack(params: PyTree) -> PyTree:
+  """The parameters of a decoder as its unrolled form wants them."""
+  layers = {
+    f'layers_{i}': layer
+    for i, layer in enumerate(stack.unstack(params['layers']))
+  }
+  return {k: v for k, v in params.items() if k != 'layers'} | layers
+
+
+def grow(
+  cache: DecoderCache, capacity: int, *, hypotheses: int
+) -> DecoderCache:
+  """Makes room for longer hypotheses; what is known stays.
+
+  Args:
+    cache: the state so far.
+    capacity: tokens of each that there is room for from now on.
+    hypotheses: N.
+  """
+
+  def pad(leaf):
+    missing = capacity * hypotheses - leaf.shape[2]
+    return jnp.pad(leaf, ((0, 0), (0, 0), (0, missing), (0, 0)))
+
+  return tuple(
+    dataclasses.replace(own, tokens=jax.tree.map(pad, own.tokens))
+    for own in cache
+  )

@@ -30,8 +30,8 @@ class EncoderOutput:
   Attributes:
     frames: after the last norm; at padded frames they mean nothing.
     mask: True for real frames.
-    moe: per MoE layer name, statistics stacked over the L blocks; empty when
-      dense.
+    moe: per MoE layer name, statistics stacked over the blocks that have it;
+      empty when dense.
     embedded: after subsampling and positions, before the first block.
     block_outputs: every block's output.
     buffers: the buffers, with running statistics updated in training.
@@ -61,13 +61,12 @@ class ConformerEncoder(nn.Module):
     self.subsampling = subsampling.ConvSubsampling(
       config.subsampling, config.model_dim, dtype=self.dtype
     )
-    blocks = stack.scanned(
+    self.blocks = stack.build(
       conformer_block.ConformerBlock,
-      length=config.num_blocks,
-      scan=config.scan_blocks,
-      remat=config.remat,
+      config,
+      config.expert_ffns,
+      dtype=self.dtype,
     )
-    self.blocks = blocks(config, dtype=self.dtype)
     self.norm = linear.layer_norm()
     self.positional_dropout = nn.Dropout(config.positional_dropout)
 
@@ -115,7 +114,7 @@ class ConformerEncoder(nn.Module):
       rotation=rotation,
     )
     state = conformer_block.BlockState(running=_running(buffers))
-    frames, output = self.blocks(x, state, context)
+    frames, output = self._run(x, state, context)
     if output.state.running is not None:
       buffers = dict(buffers, conv_norm=_to_tree(output.state.running))
     return EncoderOutput(
@@ -175,7 +174,7 @@ class ConformerEncoder(nn.Module):
       history=cache.convolution,
       running=_running(buffers),
     )
-    frames, output = self.blocks(x, state, context)
+    frames, output = self._run(x, state, context)
     result = EncoderOutput(
       frames=self.norm(frames).astype(self.dtype),
       mask=mask,
@@ -185,6 +184,9 @@ class ConformerEncoder(nn.Module):
       buffers=buffers,
     )
     return result, _next_cache(cache, output.state, num_valid)
+
+  def _run(self, x, state, context):
+    return stack.run(self.blocks, self.config.expert_ffns, x, state, context)
 
   def _subsample(self, features, buffers):
     cmvn = buffers['cmvn']

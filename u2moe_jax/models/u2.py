@@ -28,10 +28,15 @@ class DecoderInputs:
   Attributes:
     tokens: inputs that start with sos.
     mask: True for real inputs.
+    positions: of the inputs in their texts; None: a row is one text.
+    attention_mask: which inputs precede which, themselves included; None: a
+      row is one text.
   """
 
   tokens: Int[Array, 'R U1']
   mask: Bool[Array, 'R U1']
+  positions: Int[Array, 'R U1'] | None = None
+  attention_mask: Bool[Array, 'R U1 U1'] | None = None
 
 
 @struct.dataclass
@@ -63,7 +68,8 @@ class U2MoeModel(nn.Module):
   """Streaming and non-streaming recogniser (U2++, arXiv 2106.05642).
 
   With `encoder.moe` and `decoder.moe` set, every feed-forward layer is a
-  Mixture-of-Experts (U2++ MoE, arXiv 2404.16407). Dropout and batch-norm
+  Mixture-of-Experts (U2++ MoE, arXiv 2404.16407), or those that `moe.where`
+  chooses. Dropout and batch-norm
   updates are on when `apply` is given a `dropout` key, and off otherwise.
 
   Attributes:
@@ -83,21 +89,11 @@ class U2MoeModel(nn.Module):
       dtype=dtype,
     )
     if config.decoder.num_blocks:
-      self.forward_decoder = self._decoder(config.decoder.num_blocks, dtype)
+      self.forward_decoder = make_decoder(config, config.decoder.num_blocks)
     if config.decoder.num_reverse_blocks:
-      self.backward_decoder = self._decoder(
-        config.decoder.num_reverse_blocks, dtype
+      self.backward_decoder = make_decoder(
+        config, config.decoder.num_reverse_blocks
       )
-
-  def _decoder(self, num_blocks, dtype):
-    config = self.config
-    return decoder.TransformerDecoder(
-      config.decoder,
-      num_blocks,
-      config.vocab_size,
-      config.encoder.model_dim,
-      dtype=dtype,
-    )
 
   def __call__(
     self,
@@ -194,10 +190,7 @@ class U2MoeModel(nn.Module):
     memory_mask: Bool[Array, 'B T'],
   ) -> DecoderScores:
     """Scores left-to-right; raises AttributeError for a CTC-only model."""
-    logits, stats = self.forward_decoder(
-      inputs.tokens, inputs.mask, memory, memory_mask
-    )
-    return DecoderScores(logits=logits, moe=stats)
+    return _decode(self.forward_decoder, inputs, memory, memory_mask)
 
   def decode_backward(
     self,
@@ -206,31 +199,33 @@ class U2MoeModel(nn.Module):
     memory_mask: Bool[Array, 'B T'],
   ) -> DecoderScores:
     """Scores right-to-left; the inputs are of reversed labels."""
-    logits, stats = self.backward_decoder(
-      inputs.tokens, inputs.mask, memory, memory_mask
-    )
-    return DecoderScores(logits=logits, moe=stats)
+    return _decode(self.backward_decoder, inputs, memory, memory_mask)
 
-  def decode_step(
-    self,
-    tokens: Int[Array, 'R'],
-    position: Int[Array, ''],
-    cache: decoder.DecoderCache,
-    memory_mask: Bool[Array, 'B T'],
-  ) -> tuple[Float[Array, 'R V'], decoder.DecoderCache]:
-    """Left-to-right log-probabilities of the next token, and the cache."""
-    logits, cache = self.forward_decoder.step(
-      tokens, position, cache, memory_mask
-    )
-    return jax.nn.log_softmax(logits), cache
 
-  def init_step_cache(
-    self, memory: Float[Array, 'B T D'], *, rows: int, capacity: int
-  ) -> decoder.DecoderCache:
-    """A cache for `decode_step`; see `TransformerDecoder`."""
-    return self.forward_decoder.init_step_cache(
-      memory, rows=rows, capacity=capacity
-    )
+def _decode(module, inputs, memory, memory_mask) -> DecoderScores:
+  logits, stats = module(
+    inputs.tokens,
+    inputs.mask,
+    memory,
+    memory_mask,
+    positions=inputs.positions,
+    attention_mask=inputs.attention_mask,
+  )
+  return DecoderScores(logits=logits, moe=stats)
+
+
+def make_decoder(
+  config: config_lib.ModelConfig, num_blocks: int, *, unrolled: bool = False
+) -> decoder.TransformerDecoder:
+  """One of the decoders; unrolled, as a search steps through it."""
+  return decoder.TransformerDecoder(
+    config.decoder,
+    num_blocks,
+    config.vocab_size,
+    config.encoder.model_dim,
+    dtype=jnp.dtype(config.dtype),
+    unrolled=unrolled,
+  )
 
 
 def init_buffers(config: config_lib.ModelConfig) -> PyTree:
@@ -285,13 +280,11 @@ def count_params(config: config_lib.ModelConfig) -> tuple[int, int]:
   )
   total, active = 0, 0
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    names = jax.tree_util.keystr(path)
     moe_config = (
-      config.encoder.moe if "'encoder'" in names else config.decoder.moe
+      config.encoder.moe if path[0].key == 'encoder' else config.decoder.moe
     )
-    is_expert = moe_config.num_experts and any(
-      f"'{name}'" in names for name in ('w_in', 'b_in', 'w_out', 'b_out')
-    )
+    # A dense layer has a kernel below these names.
+    is_expert = path[-1].key in ('w_in', 'b_in', 'w_out', 'b_out')
     share = moe_config.top_k / moe_config.num_experts if is_expert else 1
     total += leaf.size
     active += round(leaf.size * share)

@@ -1,5 +1,7 @@
 """Scaled dot-product attention with an additive score per key."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
@@ -8,14 +10,18 @@ from u2moe_jax.array_types import Bool
 from u2moe_jax.array_types import Float
 from u2moe_jax.array_types import typechecked
 
+# How the axes of keys and values lie: frames first, or heads first.
+Layout = Literal['BPHK', 'BHPK']
+
 
 @typechecked
 def attention_weights(
   query: Float[Array, 'B T H K'],
-  key: Float[Array, 'B P H K'],
+  key: Float[Array, 'B _ _ K'],
   mask: Bool[Array, '#B #T P'],
   *,
   key_score: Float[Array, 'B P H'] | None = None,
+  layout: Layout = 'BPHK',
 ) -> Float[Array, 'B H T P']:
   """Softmax of (q . k + key_score) / sqrt(K) over the keys that may be seen.
 
@@ -24,11 +30,12 @@ def attention_weights(
     key: keys; P counts cached and current frames.
     mask: True where a query may look at a key.
     key_score: added to every query's product with a key, before scaling.
+    layout: of the keys.
 
   Returns:
     Float32 weights; a query that may see nothing gets zeros, not NaN.
   """
-  scores = jnp.einsum('BTHK,BPHK->BHTP', query, key)
+  scores = jnp.einsum(f'BTHK,{layout}->BHTP', query, key)
   # Softmax in float32: in bfloat16 long rows lose their small weights.
   scores = scores.astype(_at_least_float32(scores.dtype))
   if key_score is not None:
@@ -41,10 +48,13 @@ def attention_weights(
 
 @typechecked
 def weighted_values(
-  weights: Float[Array, 'B H T P'], value: Float[Array, 'B P H K']
+  weights: Float[Array, 'B H T P'],
+  value: Float[Array, 'B _ _ K'],
+  *,
+  layout: Layout = 'BPHK',
 ) -> Float[Array, 'B T H K']:
   """Sums the values under the weights, in the values' dtype."""
-  return jnp.einsum('BHTP,BPHK->BTHK', weights.astype(value.dtype), value)
+  return jnp.einsum(f'BHTP,{layout}->BTHK', weights.astype(value.dtype), value)
 
 
 def _at_least_float32(dtype):

@@ -81,11 +81,25 @@ def draw_chunk(
   # One frame leaves nothing to draw; it sees itself either way.
   num_frames = jnp.maximum(jnp.asarray(num_frames, jnp.int32), 2)
   draw = jax.random.randint(size_key, (), 1, num_frames)
-  full = draw > num_frames // 2
-  chunk = draw % (MAX_CHUNK_INPUT_FRAMES // rate) + 1
+  full, chunk = chunk_of_draw(
+    draw, num_frames, max_chunk=MAX_CHUNK_INPUT_FRAMES // rate
+  )
   num_left = jnp.maximum((num_frames - 1) // chunk, 1)
   left = jax.random.randint(left_key, (), 0, num_left)
   unlimited = jnp.full((), -1, jnp.int32)
   if not with_left_chunks:
     left = unlimited
   return jnp.where(full, unlimited, chunk), jnp.where(full, unlimited, left)
+
+
+def chunk_of_draw(draw, num_frames, *, max_chunk: int):
+  """Turns r, uniform in {1..L-1}, into (full context?, chunk size).
+
+  Works on ints and arrays.
+
+  Args:
+    draw: r.
+    num_frames: L.
+    max_chunk: M, the longest chunk.
+  """
+  return draw > num_frames // 2, draw % max_chunk + 1

@@ -1,9 +1,10 @@
 """Counts word and character errors, after one stated normalisation.
 
-Rates are per cent. Nothing is normalised on the way: call `normalise` on
+Rates are per cent. Nothing is normalised on the way: call a `Normaliser` on
 both sides first, so that what was compared is what the caller says.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence
 import dataclasses
@@ -13,7 +14,14 @@ import unicodedata
 
 from rapidfuzz.distance import Levenshtein
 
-Unit = Literal['word', 'character']
+from u2moe_jax.text import words
+
+# What is counted: words; characters without spaces; or, for text that mixes
+# Chinese and English, single CJK characters and words between them.
+Unit = Literal['word', 'character', 'mixed']
+UNITS: tuple[Unit, ...] = ('word', 'character', 'mixed')
+Case = Literal['upper', 'lower', 'keep']
+Row = tuple[str | None, str | None]
 
 # An apostrophe between letters belongs to the word: IT'S, L'EAU.
 _INNER_APOSTROPHE = re.compile(r"(?<=[^\W_])['’](?=[^\W_])")
@@ -59,6 +67,50 @@ class ErrorCounts:
     return 100.0 * self.errors / self.reference_length
 
 
+@dataclasses.dataclass(frozen=True)
+class Normaliser:
+  """Brings text to the form in which it is scored.
+
+  In this order: compatibility forms, parts to ignore, punctuation, case,
+  whitespace.
+
+  Attributes:
+    nfkc: Unicode NFKC: full-width letters become plain ones, and so on.
+    ignore: regular expression; what matches becomes a space.
+    remove_punctuation: see `normalise`.
+    case: the letters' case.
+  """
+
+  nfkc: bool = False
+  ignore: str = ''
+  remove_punctuation: bool = False
+  case: Case = 'upper'
+
+  def __call__(self, text: str) -> str:
+    """Returns the text as it is scored."""
+    if self.nfkc:
+      text = unicodedata.normalize('NFKC', text)
+    if self.ignore:
+      text = re.sub(self.ignore, ' ', text)
+    if self.case == 'lower':
+      text = text.lower()
+    return normalise(
+      text,
+      uppercase=self.case == 'upper',
+      remove_punctuation=self.remove_punctuation,
+    )
+
+  def __str__(self) -> str:
+    parts = [
+      'NFKC' if self.nfkc else '',
+      f'without /{self.ignore}/' if self.ignore else '',
+      'without punctuation' if self.remove_punctuation else '',
+      'case as it is' if self.case == 'keep' else f'{self.case} case',
+      'single spaces',
+    ]
+    return ', '.join(part for part in parts if part)
+
+
 def normalise(
   text: str, *, uppercase: bool = True, remove_punctuation: bool = False
 ) -> str:
@@ -101,7 +153,7 @@ def corpus_errors(
 
   Args:
     pairs: texts; the corpus rate weights each utterance by its length.
-    unit: what to compare, word or character.
+    unit: what to compare.
 
   Returns:
     The counts of all pairs together.
@@ -115,15 +167,13 @@ def corpus_errors(
   return total
 
 
-def align(
-  reference: str, hypothesis: str, *, unit: Unit = 'word'
-) -> list[tuple[str | None, str | None]]:
+def align(reference: str, hypothesis: str, *, unit: Unit = 'word') -> list[Row]:
   """Lines up two texts with the fewest errors.
 
   Args:
     reference: what was said.
     hypothesis: what was recognised.
-    unit: what to line up, word or character.
+    unit: what to line up.
 
   Returns:
     (reference token, hypothesis token) pairs in order; None stands in for
@@ -133,7 +183,7 @@ def align(
     ValueError: for another unit.
   """
   left, right = _tokens(reference, unit), _tokens(hypothesis, unit)
-  rows: list[tuple[str | None, str | None]] = []
+  rows: list[Row] = []
   for step in Levenshtein.opcodes(left, right):
     from_left = left[step.src_start : step.src_end]
     from_right = right[step.dest_start : step.dest_end]
@@ -146,12 +196,61 @@ def align(
   return rows
 
 
+def count_rows(rows: Iterable[Row]) -> ErrorCounts:
+  """Counts the errors of an alignment."""
+  kinds = Counter(map(_kind, rows))
+  return ErrorCounts(
+    substitutions=kinds['S'],
+    deletions=kinds['D'],
+    insertions=kinds['I'],
+    reference_length=kinds[' '] + kinds['S'] + kinds['D'],
+  )
+
+
+def show(rows: Sequence[Row]) -> str:
+  """An alignment as three lines: reference, hypothesis, and what is wrong.
+
+  Args:
+    rows: see `align`.
+
+  Returns:
+    Columns of equal width on a terminal; stars for what is missing, and S, D
+    or I below each error.
+  """
+  lines = ['REF:', 'HYP:', '    ']
+  for row in rows:
+    cells = [*('*' if part is None else part for part in row), _kind(row)]
+    width = max(map(_width, cells))
+    for at, cell in enumerate(cells):
+      fill = '*' if cell == '*' and at < 2 else ' '
+      lines[at] += ' ' + cell + fill * (width - _width(cell))
+  return '\n'.join(line.rstrip() for line in lines if line.strip())
+
+
+def _kind(row: Row) -> str:
+  reference, hypothesis = row
+  if reference == hypothesis:
+    return ' '
+  return 'I' if reference is None else 'D' if hypothesis is None else 'S'
+
+
+def _width(text: str) -> int:
+  """Columns on a terminal: Chinese characters take two."""
+  return sum(
+    1 + (unicodedata.east_asian_width(character) in 'WF')
+    for character in text
+    if not unicodedata.combining(character)
+  )
+
+
 def _tokens(text: str, unit: Unit) -> list[str]:
   if unit == 'word':
     return text.split()
   if unit == 'character':
     return list(''.join(text.split()))
-  raise ValueError(f"unit is {unit!r}; it must be 'word' or 'character'")
+  if unit == 'mixed':
+    return words.split(text)
+  raise ValueError(f'unit is {unit!r}; it must be one of {", ".join(UNITS)}')
 
 
 def _count(reference: Sequence[str], hypothesis: Sequence[str]) -> ErrorCounts:

@@ -41,7 +41,8 @@ def evaluate(
   *,
   to_text: Callable[[Sequence[int]], str],
   blank_id: int,
-) -> Evaluation:
+  should_stop: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
   """Runs every batch once and merges.
 
   Args:
@@ -52,9 +53,15 @@ def evaluate(
       transcripts are empty.
     to_text: token ids to text.
     blank_id: CTC blank.
+    should_stop: asked before each batch.
+
+  Returns:
+    The results; None if it was stopped.
   """
   total, pairs = None, []
   for batch, texts in batches:
+    if should_stop():
+      return None
     results, ids, mask = eval_step(params, buffers, batch)
     total = metrics_lib.merge(total, results)
     collapsed = _collapse(ids, mask, blank_id)

@@ -1,11 +1,15 @@
 """Learning-rate schedule and optax chain from the optimizer config."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from u2moe_jax import config as config_lib
 from u2moe_jax.array_types import PyTree
+from u2moe_jax.training import parameters
+from u2moe_jax.training import transforms
 
 # Names of parameters that are matrices; only they decay.
 _DECAYED = ('kernel', 'w_in', 'w_out', 'embedding')
@@ -19,16 +23,19 @@ def make_schedule(
   `num_steps` counts batches, `accumulate` of which make one update.
 
   `warmup_inverse_sqrt` is lr(t) = peak * min(sqrt(w / t), t / w) with
-  t = update + 1: the reference's warmuplr, whose peak is at t = w.
+  t = update + 1: the reference's warmuplr, whose peak is at t = w. Without
+  warm-up, w = 0, it is peak / sqrt(t).
   """
   peak, warmup = config.learning_rate, config.warmup_steps
   num_updates = num_steps // config.accumulate
 
   def ramp(step):
-    return jnp.minimum(1.0, (step + 1) / warmup)
+    return jnp.minimum(1.0, (step + 1) / max(warmup, 1))
 
   def inverse_sqrt(step):
     t = step + 1
+    if not warmup:
+      return peak / jnp.sqrt(t)
     return peak * jnp.minimum(jnp.sqrt(warmup / t), t / warmup)
 
   def cosine(step):
@@ -58,10 +65,23 @@ def decay_mask(params: PyTree) -> PyTree:
 
 
 def make_optimizer(
-  config: config_lib.OptimizerConfig, *, num_steps: int
+  config: config_lib.OptimizerConfig,
+  *,
+  num_steps: int,
+  trainable: str = '',
+  freeze_steps: int = 0,
 ) -> optax.GradientTransformation:
-  """Clipping, Adam or AdamW, accumulation."""
+  """Clipping, Adam or AdamW, moving average, accumulation.
+
+  Args:
+    config: all of these.
+    num_steps: batches in total.
+    trainable: see `parameters.selector`; the others have no moments.
+    freeze_steps: batches after which the others train too; then they have
+      moments from the start.
+  """
   schedule = make_schedule(config, num_steps=num_steps)
+  mask = parameters.mask(trainable)
   decay = config.weight_decay if config.name == 'adamw' else 0.0
   chain = optax.chain(
     optax.clip_by_global_norm(config.clip_norm)
@@ -76,7 +96,50 @@ def make_optimizer(
       mask=decay_mask,
     ),
   )
+  if freeze_steps:
+    # Decay moves parameters that have no gradient.
+    gate = transforms.gate(mask, freeze_steps // config.accumulate)
+    chain = optax.chain(chain, gate)
+  if config.ema_decay:
+    average = transforms.average_parameters(config.ema_decay)
+    chain = optax.chain(chain, average)
   if config.accumulate > 1:
-    multi = optax.MultiSteps(chain, every_k_schedule=config.accumulate)
-    return multi.gradient_transformation()
-  return chain
+    chain = transforms.accumulate(chain, config.accumulate)
+  if freeze_steps:
+    # Before clipping, so that the norm is that of what trains.
+    return optax.chain(transforms.gate(mask, freeze_steps), chain)
+  return transforms.only(chain, mask) if trainable else chain
+
+
+def swap_average(params: PyTree, opt_state: PyTree) -> tuple[PyTree, PyTree]:
+  """Exchanges the parameters and their moving average, where there is one.
+
+  What is evaluated, saved as a model and averaged is the moving average;
+  swapping again gives back what training needs. Parameters that do not train
+  have no average and stay.
+
+  Returns:
+    Parameters and optimizer state of the same shapes.
+  """
+  averages: list[PyTree] = []
+
+  def is_average(node: Any) -> bool:
+    return isinstance(node, transforms.EmaState)
+
+  def swap(node):
+    if not is_average(node):
+      return node
+    averages.append(node.ema)
+    return node._replace(ema=_part(params, node.ema))
+
+  swapped = jax.tree.map(swap, opt_state, is_leaf=is_average)
+  for average in averages:
+    params = transforms.graft(params, average)
+  return params, swapped
+
+
+def _part(tree: PyTree, like: PyTree) -> PyTree:
+  """The entries of a nested dict that another one has."""
+  if not isinstance(like, dict):
+    return tree
+  return {key: _part(tree[key], value) for key, value in like.items()}

@@ -13,6 +13,8 @@ import numpy as np
 import tensorboardX
 import tqdm
 
+from u2moe_jax.training import json_lines
+
 
 class Reporter:
   """Writes metrics of a run; only the first process should make one."""
@@ -28,6 +30,7 @@ class Reporter:
       total: updates to do in all.
     """
     workdir = pathlib.Path(workdir)
+    json_lines.forget_torn_line(workdir / 'metrics.jsonl')
     self._lines = (workdir / 'metrics.jsonl').open('a', encoding='utf-8')
     self._events = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'))
     self._total, self._start = total, start
@@ -77,6 +80,51 @@ class Reporter:
       self._bar.close()
     self._lines.close()
     self._events.close()
+
+
+def expert_load(values: Mapping[str, Any]) -> dict[str, float]:
+  """Least and largest share of the frames that an expert of any layer got.
+
+  Args:
+    values: metrics, with a `load/LAYER` of shape (L, E) for each MoE layer.
+
+  Returns:
+    `expert_load_low` and `expert_load_high`; nothing for a dense model.
+  """
+  loads = [np.ravel(v) for name, v in values.items() if name[:5] == 'load/']
+  if not loads:
+    return {}
+  shares = np.concatenate(loads)
+  return {
+    'expert_load_low': float(shares.min()),
+    'expert_load_high': float(shares.max()),
+  }
+
+
+_PARTS = {'loss_ctc': 'ctc', 'loss_l2r': 'l2r', 'loss_r2l': 'r2l'}
+
+
+def train_line(values: Mapping[str, Any]) -> str:
+  """The metrics of some steps, in a line."""
+  parts = [
+    f'{word} {values[k]:.3f}' for k, word in _PARTS.items() if k in values
+  ]
+  fields = [
+    f'loss {values["loss"]:.3f} ({", ".join(parts)})',
+    f'grad {values["gradient_norm"]:.2f}',
+    f'lr {values["learning_rate"]:.2e}',
+    f'{values["audio_seconds_per_second"]:.0f} audio-h/h',
+    f'data wait {100 * values["data_wait_share"]:.0f} %',
+  ]
+  if 'mfu' in values:
+    fields.append(f'MFU {100 * values["mfu"]:.1f} %')
+  if 'expert_load_low' in values:
+    low, high = values['expert_load_low'], values['expert_load_high']
+    fields.append(f'experts {100 * low:.0f}-{100 * high:.0f} %')
+  updates, utterances = values['skipped_updates'], values['skipped_utterances']
+  if updates or utterances:
+    fields.append(f'skipped {updates} updates, {utterances} utterances')
+  return ' | '.join(fields)
 
 
 def _plain(value: Any) -> Any:

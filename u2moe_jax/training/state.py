@@ -51,10 +51,14 @@ def state_shardings(
   rules: rules_lib.Rules = rules_lib.STANDARD,
 ) -> TrainState:
   """Shardings of the whole state, moments included."""
-  boxed = jax.eval_shape(
+  return placement.shardings(_boxed(model, optimizer, buffers), mesh, rules)
+
+
+def _boxed(model, optimizer, buffers) -> TrainState:
+  """Shapes of the state, in boxes that carry the logical axes."""
+  return jax.eval_shape(
     lambda key: _init(model, optimizer, buffers, key), jax.random.key(0)
   )
-  return placement.shardings(boxed, mesh, rules)
 
 
 def init_state(
@@ -81,9 +85,10 @@ def abstract_state(
   shardings: TrainState,
 ) -> TrainState:
   """Shapes, dtypes and shardings of the state, for restoring."""
-  boxed = jax.eval_shape(
-    lambda key: _init(model, optimizer, buffers, key), jax.random.key(0)
-  )
+  return _placed(_boxed(model, optimizer, buffers), shardings)
+
+
+def _placed(boxed: TrainState, shardings: TrainState) -> TrainState:
   return jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(
       leaf.shape, leaf.dtype, sharding=sharding
@@ -91,3 +96,16 @@ def abstract_state(
     nn.meta.unbox(boxed),
     shardings,
   )
+
+
+def abstract_state_on(
+  mesh: jax.sharding.Mesh,
+  model: u2.U2MoeModel,
+  optimizer: optax.GradientTransformation,
+  buffers: PyTree,
+  *,
+  rules: rules_lib.Rules = rules_lib.STANDARD,
+) -> TrainState:
+  """`state_shardings` and `abstract_state` in one, tracing once."""
+  boxed = _boxed(model, optimizer, buffers)
+  return _placed(boxed, placement.shardings(boxed, mesh, rules))

@@ -15,6 +15,7 @@ from u2moe_jax.sharding import rules as rules_lib
 from u2moe_jax.training import metrics
 from u2moe_jax.training import objective
 from u2moe_jax.training import optimizer as optimizer_lib
+from u2moe_jax.training import parameters as parameters_lib
 from u2moe_jax.training.state import TrainState
 
 # Random streams: key = fold_in(fold_in(seed, stream), step).
@@ -37,7 +38,8 @@ def train_step(
   """One update: loss, gradients, optimizer; pure.
 
   An update whose loss or gradient is not finite is skipped: parameters,
-  moments and buffers stay, the step advances, `skipped` counts it.
+  moments and buffers stay, the step advances, `skipped` counts it. Where
+  several batches make one update, only the bad batch is left out of it.
   """
   chunk_key, dropout_key = _keys(config.train.seed, state.step)
   chunk = objective.draw_training_chunk(chunk_key, batch, config.model.encoder)
@@ -45,7 +47,7 @@ def train_step(
   def loss_function(params):
     result = objective.compute_objective(
       model,
-      params,
+      _without_frozen(params, config.train),
       state.buffers,
       batch,
       config.train,
@@ -56,8 +58,17 @@ def train_step(
 
   gradients, result = jax.grad(loss_function, has_aux=True)(state.params)
   norm = optax.tree.norm(gradients)
+  finite = jnp.isfinite(result.loss) & jnp.isfinite(norm)
+  is_part = config.optimizer.accumulate > 1
+  options: dict[str, jax.Array] = {}
+  if is_part:
+    # What the loss was divided by; see `transforms.accumulate`.
+    options['weight'] = jnp.sum(batch.weights)
+    if config.train.skip_nonfinite:
+      # Zero times infinity would still be no number.
+      gradients, options = _zero_unless(finite, (gradients, options))
   updates, opt_state = optimizer.update(
-    gradients, state.opt_state, state.params
+    gradients, state.opt_state, state.params, **options
   )
   new_state = TrainState(
     step=state.step + 1,
@@ -65,15 +76,16 @@ def train_step(
     opt_state=opt_state,
     buffers=result.outputs.encoder.buffers,
   )
-  finite = jnp.isfinite(result.loss) & jnp.isfinite(norm)
   measured = result.metrics | {'gradient_norm': metrics.Mean.of(norm)}
   if config.train.skip_nonfinite:
     kept = dataclasses.replace(state, step=state.step + 1)
+    if is_part:
+      kept = dataclasses.replace(new_state, buffers=state.buffers)
     new_state = jax.tree.map(
       lambda new, old: jnp.where(finite, new, old), new_state, kept
     )
     # A sum and a count of 0: a skipped batch does not spoil the others' mean.
-    measured = jax.tree.map(lambda x: jnp.where(finite, x, 0.0), measured)
+    measured = _zero_unless(finite, measured)
   schedule = optimizer_lib.make_schedule(
     config.optimizer, num_steps=config.train.num_steps
   )
@@ -85,6 +97,21 @@ def train_step(
     'chunk_size': metrics.Mean.of(chunk[0]),
   }
   return new_state, measured | extra
+
+
+def _zero_unless(finite, tree):
+  return jax.tree.map(lambda x: jnp.where(finite, x, 0.0), tree)
+
+
+def _without_frozen(params, config: config_lib.TrainConfig):
+  """Cuts the gradient of what never trains, so that none is computed."""
+  if not config.trainable or config.freeze_steps:
+    return params
+  return jax.tree.map(
+    lambda leaf, trains: leaf if trains else jax.lax.stop_gradient(leaf),
+    params,
+    parameters_lib.mask(config.trainable)(params),
+  )
 
 
 def _keys(seed: int, step: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -9,6 +9,7 @@ import pytest
 from data_pipelines import synthetic
 from experiments.configs import tiny
 from experiments.wiring import training
+from tests.reference import jax_cache
 from u2moe_jax import config as config_lib
 from u2moe_jax.checkpoint import directory
 
@@ -17,6 +18,7 @@ _CHANGES = {
   'data.batch_frames': 2000,
   'data.max_batch_size': 8,
   'mesh.data': 1,
+  'model.encoder.num_blocks': 1,
   # CTC alone: the training step of the decoders is compiled elsewhere.
   'model.decoder.num_reverse_blocks': 0,
   'model.decoder.num_blocks': 0,
@@ -51,6 +53,13 @@ def one_device():
   devices = jax.devices
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(jax, 'devices', lambda *args: devices(*args)[:1])
+    yield
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compiled_once(tmp_path_factory):
+  """A compilation cache, since the same model is trained several times."""
+  with jax_cache.use(tmp_path_factory.mktemp('cache')):
     yield
 
 
@@ -117,6 +126,23 @@ def test_another_experiment_is_refused_by_key(workdir, folder, key, value):
   with pytest.raises(config_lib.ConfigError, match=f"another '{key}'"):
     training.train(_config(folder, **{key: value}), workdir)
   assert (workdir / 'config.json').read_bytes() == before
+
+
+def test_a_key_that_came_later_had_its_default(workdir, folder):
+  file = workdir / 'config.json'
+  before = file.read_bytes()
+  config = _config(folder, **{'train.num_steps': 6})
+  tree = json.loads(before)
+  try:
+    tree['data'].pop('plan_epochs')
+    file.write_text(json.dumps(tree))
+    assert training.train(config, workdir) is True
+    tree['data']['plan_epochs'] = 7
+    file.write_text(json.dumps(tree))
+    with pytest.raises(config_lib.ConfigError, match=r"'data\.plan_epochs'"):
+      training.train(config, workdir)
+  finally:
+    file.write_bytes(before)
 
 
 @pytest.mark.parametrize('part', ['encoder', 'decoder'])

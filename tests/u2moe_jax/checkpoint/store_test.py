@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from u2moe_jax import config as config_lib
+from u2moe_jax.checkpoint import contents
 from u2moe_jax.checkpoint import store as store_lib
 from u2moe_jax.sharding import mesh as mesh_lib
 
@@ -33,6 +34,14 @@ def _restore(store, step, target):
   return store.restore(step, **abstract)
 
 
+def _assert_equal(restored, tree):
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    {name: getattr(restored, name) for name in tree},
+    tree,
+  )
+
+
 def test_round_trip(tmp_path):
   store = store_lib.Store(tmp_path)
   assert store.latest_step() is None
@@ -40,19 +49,14 @@ def test_round_trip(tmp_path):
   store.close()
   again = store_lib.Store(tmp_path, read_only=True)
   assert again.latest_step() == 3
-  variables, opt_state, progress = _restore(again, 3, _tree(0.0))
-  expected = _tree(3.0)
-  jax.tree.map(
-    np.testing.assert_array_equal,
-    {**variables, 'opt_state': opt_state},
-    expected,
-  )
-  assert progress == {'step': 3, 'batch': 3}
+  restored = _restore(again, 3, _tree(0.0))
+  _assert_equal(restored, _tree(3.0))
+  assert restored.progress == {'step': 3, 'batch': 3}
   target = store_lib.as_abstract(
     {k: v for k, v in _tree(0.0).items() if k != 'opt_state'}
   )
   alone = again.restore_params(3, target)
-  jax.tree.map(np.testing.assert_array_equal, alone, variables)
+  _assert_equal(restored, {**alone, 'opt_state': restored.opt_state})
   again.close()
 
 
@@ -104,14 +108,84 @@ def test_saved_on_one_mesh_restored_on_another(tmp_path, before, after):
   _save(store, 7, jax.device_put(_tree(7.0), sharding(before)))
   store.wait()
   target = jax.device_put(_tree(0.0), sharding(after))
-  variables, opt_state, _ = _restore(store, 7, target)
+  restored = _restore(store, 7, target)
   store.close()
-  expected = _tree(7.0)
-  jax.tree.map(
-    np.testing.assert_array_equal,
-    {**variables, 'opt_state': opt_state},
-    expected,
-  )
-  weight = variables['params']['w']
+  _assert_equal(restored, _tree(7.0))
+  weight = restored.params['w']
   assert weight.sharding == target['params']['w'].sharding
   assert weight.addressable_shards[0].data.shape == (8 // after[1], 2)
+
+
+def test_some_steps_are_kept_for_good(tmp_path):
+  store = store_lib.Store(tmp_path, keep_last=1, keep_best=1, keep_every=4)
+  for step in range(1, 11):
+    _save(store, step, wer=float(step))
+  store.close()
+  kept = {int(p.name) for p in (tmp_path / 'checkpoints').iterdir()}
+  assert kept == {1, 4, 8, 10}
+
+
+def test_a_wer_can_be_added_later(tmp_path):
+  store = store_lib.Store(tmp_path, keep_last=1, keep_best=1)
+  _save(store, 1, wer=20.0)
+  _save(store, 2)
+  assert store.wer(2) is None
+  assert store.best_steps(1) == [1]
+  store.set_wer(2, 10.0)
+  assert store.wer(2) == 10.0
+  assert store.best_steps(1) == [2]
+  _save(store, 3, wer=30.0)
+  store.close()
+  again = store_lib.Store(tmp_path, read_only=True)
+  assert {step: again.wer(step) for step in (2, 3)} == {2: 10.0, 3: 30.0}
+  assert again.best_steps(9) == [2, 3]  # 1 was not the best any more
+  again.close()
+
+
+def test_another_model_is_told_by_its_shapes(tmp_path):
+  store = store_lib.Store(tmp_path)
+  _save(store, 1)
+  store.wait()
+  other = _tree(0.0)
+  other['params'] = {'w': jnp.zeros((8, 3)), 'v': jnp.zeros(1)}
+  with pytest.raises(contents.MisfitError) as error:
+    store.restore_newest(**store_lib.as_abstract(other))
+  message = str(error.value)
+  assert (
+    'params/w is (8, 2) in the checkpoint and (8, 3) in the model' in message
+  )
+  assert 'params/v is missing in the checkpoint' in message
+  assert (tmp_path / 'checkpoints' / '1').is_dir()
+  store.close()
+
+
+# That an older step replaces a damaged one: tests/experiments/killed_run_test.
+def test_without_a_readable_step_nothing_is_moved(tmp_path):
+  store = store_lib.Store(tmp_path)
+  target = store_lib.as_abstract(_tree(0.0))
+  assert store.restore_newest(**target) is None
+  _save(store, 1)
+  _save(store, 2)
+  store.wait()
+  for step in (1, 2):
+    (tmp_path / 'checkpoints' / str(step) / 'params' / '_METADATA').write_text(
+      '{'
+    )
+  with pytest.raises(contents.CheckpointError, match=r'none of .*\[1, 2\] can'):
+    store.restore_newest(**target)
+  store.close()
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['checkpoints']
+
+
+def test_a_save_that_fails_names_what_is_left(tmp_path, monkeypatch):
+  store = store_lib.Store(tmp_path)
+  _save(store, 1)
+  store.wait()
+
+  def fail(*_, **__):
+    raise ValueError("layers above: [os_error_code='28']\nmore")
+
+  monkeypatch.setattr(store._manager, 'save', fail)
+  with pytest.raises(OSError, match=r'No space left.*newest there is step 1'):
+    _save(store, 2)
+  store.close()

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 from hypothesis import given
@@ -41,24 +42,43 @@ class Decoder:
     return (logits - np.log(np.exp(logits).sum())).astype(np.float64)
 
 
-def _step(weights, tokens, position, cache):
-  state = jnp.tanh(
-    cache['state'] @ weights['recurrent']
-    + weights['embedding'][tokens]
-    + 0.1 * position
+def _step(weights, inputs, cache):
+  """Goes on from the state of each hypothesis' ancestor."""
+  before = inputs.ancestry[:, :, inputs.position - 1]  # of little use at 0
+  states = cache[:, jnp.maximum(inputs.position - 1, 0)]  # [B, N, W]
+  states = jnp.take_along_axis(states, before[..., None], axis=1)
+  first = weights['start'][:, None]  # [B, 1, W]
+  states = jnp.where(inputs.position == 0, first, states)
+  states = jnp.tanh(
+    states @ weights['recurrent']
+    + weights['embedding'][inputs.tokens]
+    + 0.1 * inputs.position
   )
-  logits = state @ weights['output'] + weights['bias'][None]
-  return jax.nn.log_softmax(logits), {'state': state}
+  logits = states @ weights['output'] + weights['bias'][None, None]
+  return attention_beam.StepOutputs(
+    log_probs=jax.nn.log_softmax(logits),
+    cache=cache.at[:, inputs.position].set(states),
+    margin=jnp.full(inputs.tokens.shape, jnp.inf),
+  )
 
 
-@functools.partial(
-  jax.jit, static_argnames=('beam', 'length_penalty', 'max_steps')
-)
-def _search(weights, max_lengths, *, beam, length_penalty=0.0, max_steps=STEPS):
-  batch = weights['start'].shape[0]
+def _grow(cache, room):
+  return jnp.pad(cache, ((0, 0), (0, room - cache.shape[1]), (0, 0), (0, 0)))
+
+
+@functools.partial(jax.jit, static_argnames=('beam', 'max_steps', 'nbest'))
+def _search(weights, max_lengths, **options):
+  return _run(functools.partial(_step, weights), max_lengths, **options)
+
+
+def _run(
+  step, max_lengths, *, beam, length_penalty=0.0, max_steps=STEPS, nbest=None
+):
+  batch = len(max_lengths)
   return attention_beam.attention_beam_search(
-    functools.partial(_step, weights),
-    {'state': jnp.repeat(weights['start'], beam, axis=0)},
+    step,
+    _grow,
+    jnp.zeros((batch, 0, beam, WIDTH)),
     batch=batch,
     beam=beam,
     sos_id=SOS,
@@ -66,6 +86,7 @@ def _search(weights, max_lengths, *, beam, length_penalty=0.0, max_steps=STEPS):
     max_lengths=max_lengths,
     max_steps=max_steps,
     length_penalty=length_penalty,
+    nbest=nbest,
   )
 
 
@@ -151,6 +172,26 @@ def test_batch_mates_change_nothing():
   assert (padded.lengths[0] > together.lengths[0]).all()
 
 
+@pytest.mark.parametrize('nbest', [1, 2])
+def test_stopping_early_changes_nothing_that_is_wanted(nbest):
+  stopped = 0
+  for seed in range(6):
+    weights = Decoder(seed, end=1.0).weights()
+    lengths = jnp.array([STEPS, 3, STEPS])
+    whole = _search(weights, lengths, beam=4)
+    early = _search(weights, lengths, beam=4, nbest=nbest)
+    for row in range(BATCH):
+      assert _read(early, row)[:nbest] == _read(whole, row)[:nbest]
+    stopped += (early.scores[:, nbest:] != whole.scores[:, nbest:]).any()
+    # With a penalty a longer one may still win: nothing may stop early.
+    penalised = [
+      _search(weights, lengths, beam=4, length_penalty=0.5, nbest=n)
+      for n in (nbest, None)
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *penalised)
+  assert stopped > 0
+
+
 def test_more_steps_than_needed_change_nothing():
   weights, lengths = Decoder(6).weights(), jnp.array([2, 5, 4])
   tight = _search(weights, lengths, beam=3)
@@ -161,26 +202,58 @@ def test_more_steps_than_needed_change_nothing():
   assert cut.lengths.max() == 1
 
 
-def test_a_cache_that_does_not_follow_its_hypothesis_is_noticed():
+@pytest.mark.parametrize('rooms', [[2, 4, STEPS], [1, STEPS]])
+def test_room_that_grows_changes_nothing(rooms, monkeypatch):
+  weights, lengths = Decoder(10, end=-4.0).weights(), jnp.array([2, 6, 4])
+  at_once = _search(weights, lengths, beam=3)
+  monkeypatch.setattr(attention_beam, '_rooms', lambda _: rooms)
+  step = functools.partial(_step, weights)
+  jax.tree.map(
+    np.testing.assert_array_equal, at_once, _run(step, lengths, beam=3)
+  )
+  # Room that does not reach to the end cuts the texts.
+  monkeypatch.setattr(attention_beam, '_rooms', lambda _: rooms[:1])
+  assert _run(step, lengths, beam=3).lengths.max() == rooms[0]
+
+
+@pytest.mark.parametrize(
+  ('steps', 'rooms'),
+  [(0, []), (1, [1]), (64, [64]), (65, [17, 65]), (1500, [24, 94, 375, 1500])],
+)
+def test_rooms_end_at_the_limit(steps, rooms):
+  assert attention_beam._rooms(steps) == rooms
+
+
+def test_an_ancestry_that_does_not_follow_its_hypothesis_is_noticed():
   weights, lengths = Decoder(7, end=-4.0).weights(), jnp.full((BATCH,), STEPS)
   found = _search(weights, lengths, beam=3)
 
-  def mix_up(tokens, position, cache):
-    log_probs, cache = _step(weights, tokens, position, cache)
-    rows = cache['state'].reshape(BATCH, 3, WIDTH)
-    return log_probs, {'state': jnp.roll(rows, 1, axis=1).reshape(-1, WIDTH)}
+  def mix_up(inputs, cache):
+    wrong = jnp.roll(inputs.ancestry, 1, axis=1)
+    return _step(weights, dataclasses.replace(inputs, ancestry=wrong), cache)
 
-  mixed = attention_beam.attention_beam_search(
-    mix_up,
-    {'state': jnp.repeat(weights['start'], 3, axis=0)},
-    batch=BATCH,
-    beam=3,
-    sos_id=SOS,
-    eos_id=EOS,
-    max_lengths=lengths,
-    max_steps=STEPS,
-  )
+  mixed = _run(mix_up, lengths, beam=3)
   assert (mixed.scores != found.scores).any(axis=1).all()
+
+
+def test_the_margin_counts_gaps_inside_the_decoder_while_they_matter():
+  weights, lengths = Decoder(12, end=-4.0).weights(), jnp.array([2, 6, 4])
+  plain = _search(weights, lengths, beam=3)
+
+  def with_gap(inputs, cache, at):
+    said = _step(weights, inputs, cache)
+    gap = jnp.where(inputs.position == at, 1e-6, jnp.inf)
+    return dataclasses.replace(
+      said, margin=jnp.full(said.margin.shape, 1.0) * gap
+    )
+
+  early, late = (
+    _run(functools.partial(with_gap, at=at), lengths, beam=3).margin
+    for at in (0, 4)
+  )
+  np.testing.assert_allclose(early, 1e-6)
+  # Only the second utterance is still running then.
+  np.testing.assert_allclose(late, plain.margin.at[1].set(1e-6))
 
 
 def test_an_empty_result_is_found_and_loses_under_a_penalty():

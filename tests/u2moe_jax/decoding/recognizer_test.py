@@ -10,10 +10,13 @@ import pytest
 
 from u2moe_jax import config as config_lib
 from u2moe_jax.checkpoint import directory
+from u2moe_jax.decoding import aligner
 from u2moe_jax.decoding import recognizer as recognizer_lib
 from u2moe_jax.decoding import streaming
 from u2moe_jax.frontend import audio
 from u2moe_jax.frontend import fbank
+from u2moe_jax.sharding import mesh as mesh_lib
+from u2moe_jax.text import tokenizer as tokenizer_lib
 
 RATE = 16000
 
@@ -207,3 +210,139 @@ def test_a_mode_needs_its_decoder():
   )
   with pytest.raises(recognizer_lib.DecodeError, match='attention decoder'):
     _recognizer(ctc_only)
+
+
+def test_hotwords_draw_a_stream_as_they_draw_the_whole(recognizer, tmp_path):
+  words = tmp_path / 'words.txt'
+  words.write_text('cba\t9\nde\n', encoding='utf-8')
+  plain = recognizer_lib.Recognizer(
+    recognizer.description,
+    recognizer.params,
+    recognizer.buffers,
+    tokenizer=tokenizer_lib.build_char_tokenizer(['abcdefghi']),
+    config=dataclasses.replace(
+      recognizer.config,
+      mode='ctc_prefix_beam_search',
+      chunk_size=4,
+      left_chunks=2,
+    ),
+  )
+  drawn = _with(plain, hotwords=str(words))
+  (sound,) = _sounds([0.9])
+  whole = drawn.transcribe(sound, sample_rate=RATE)
+  assert 'cba' in whole.text
+  assert 'cba' not in plain.transcribe(sound, sample_rate=RATE).text
+  stream = streaming.Stream(drawn)
+  for piece in np.array_split(sound, 5):
+    stream.accept(piece)
+  final = stream.finish()
+  assert final.text == whole.text
+  np.testing.assert_allclose(final.score, whole.score, atol=1e-3)
+  with pytest.raises(recognizer_lib.DecodeError, match='takes no hotwords'):
+    _with(drawn, mode='ctc_greedy_search')
+  with pytest.raises(recognizer_lib.DecodeError, match='token table'):
+    _with(recognizer, hotwords=str(words))
+
+
+def test_devices_share_a_batch(recognizer):
+  """Each takes some rows; the words are those of one device."""
+  sounds = _sounds([0.9, 0.5, 0.8])
+  mesh = mesh_lib.make_mesh(config_lib.MeshConfig(), jax.devices()[:2])
+  shared = recognizer_lib.Recognizer(
+    recognizer.description,
+    recognizer.params,
+    recognizer.buffers,
+    config=recognizer.config,
+    mesh=mesh,
+  )
+  features = [shared.features(sound) for sound in sounds]
+  batch = next(shared.batches(features))
+  assert batch.features.shape[0] % 2 == 0
+  assert len(shared.encode(batch).frames.sharding.device_set) == 2
+  for ours, alone in zip(
+    shared.transcribe_batch(sounds),
+    recognizer.transcribe_batch(sounds),
+    strict=True,
+  ):
+    assert ours.text == alone.text
+    np.testing.assert_allclose(ours.score, alone.score, atol=1e-4)
+
+
+def test_words_have_times_and_confidences(recognizer):
+  transcript = recognizer.transcribe(_sounds([0.9])[0], sample_rate=RATE)
+  assert transcript.tokens
+  assert [word.text for word in transcript.words] == transcript.text.split()
+  starts = [word.start for word in transcript.words]
+  assert starts == sorted(starts)
+  assert all(word.start < word.end <= 0.9 for word in transcript.words)
+  # Without a token table every token is a word.
+  for word, share in zip(
+    transcript.words, transcript.token_confidence, strict=True
+  ):
+    np.testing.assert_allclose(word.confidence, share, rtol=1e-5)
+  greedy = _with(recognizer, mode='ctc_greedy_search')
+  words = greedy.transcribe(_sounds([0.9])[0], sample_rate=RATE).words
+  assert words
+  assert words[0].confidence is None
+
+
+def test_a_text_is_aligned_with_its_sound(recognizer):
+  greedy = _with(recognizer, mode='ctc_greedy_search')
+  sounds = _sounds([0.9, 0.5])
+  heard = greedy.transcribe_batch(sounds)
+  labels = [list(each.tokens) for each in heard]
+  assert len(labels[0]) > 2
+  batches = list(greedy.batches([greedy.features(s) for s in sounds]))
+  found = {}
+  for batch in batches:
+    rows = aligner.align(greedy, batch, [labels[i] for i in batch.indices])
+    found |= dict(zip(batch.indices, rows, strict=True))
+  for index, each in found.items():
+    # What is most probable frame by frame is its own best alignment.
+    assert each.problem is None
+    np.testing.assert_allclose(each.score, heard[index].score, atol=1e-4)
+    assert [int(token.text) for token in each.tokens] == labels[index]
+    assert [word.text for word in each.words] == heard[index].text.split()
+    ends = [token.end for token in each.tokens]
+    assert ends == sorted(ends)
+  wrong = aligner.align(greedy, batches[0], [[1, 2, 1]])[0]
+  assert wrong.score < found[batches[0].indices[0]].score
+  long = aligner.align(greedy, batches[0], [[1, 1] * 40])[0]
+  assert '80 tokens, 79 of them repeated, need 159 frames' in long.problem
+  assert not long.tokens
+  assert aligner.encode_text(greedy, '3 x')[1].startswith('no token table')
+  assert aligner.encode_text(greedy, '')[1] == 'the text has no tokens'
+  assert aligner.encode_text(greedy, '3 4') == ([3, 4], None)
+
+
+@pytest.mark.parametrize(
+  ('encoder', 'settings', 'words'),
+  [
+    ({}, {'chunk_size': 16}, []),
+    ({}, {'chunk_size': 26}, ['chunks of 1 to 25']),
+    ({}, {'chunk_size': 16, 'left_chunks': 4}, ['use_dynamic_left_chunk']),
+    (
+      {'use_dynamic_left_chunk': True},
+      {'chunk_size': 16, 'left_chunks': 4},
+      [],
+    ),
+    ({'use_dynamic_chunk': False}, {'chunk_size': 8}, ['full context only']),
+    ({'use_dynamic_chunk': False}, {}, []),
+    (
+      {'use_dynamic_chunk': False, 'static_chunk_size': 8},
+      {},
+      ['chunks of 8 frames only'],
+    ),
+    (
+      {'use_dynamic_chunk': False, 'static_chunk_size': 8},
+      {'chunk_size': 8, 'left_chunks': 0},
+      ['use_dynamic_left_chunk'],
+    ),
+  ],
+)
+def test_what_a_model_was_never_trained_for_is_said(encoder, settings, words):
+  found = recognizer_lib.cautions(
+    config_lib.DecodeConfig(**settings), _model_config(**encoder)
+  )
+  assert len(found) == len(words)
+  assert all(word in line for word, line in zip(words, found, strict=True))

@@ -1,6 +1,8 @@
 """Audio: any file or array becomes the same mono float32, or a reason."""
 
+import pathlib
 import pickle
+import re
 import subprocess
 import sys
 
@@ -219,3 +221,95 @@ def test_importing_is_cheap():
     'assert not heavy, heavy'
   )
   subprocess.run([sys.executable, '-c', code], check=True)
+
+
+@pytest.mark.parametrize('name', ['a.wav', 'a.flac'])
+@pytest.mark.parametrize(
+  ('start', 'end', 'first', 'last'),
+  [
+    (0.0, None, 0, 8000),
+    (0.25, None, 4000, 8000),
+    (0.125, 0.25, 2000, 4000),
+    (0.25, 0.75, 4000, 8000),  # a little too late: to the end
+  ],
+)
+def test_a_segment_is_a_slice(tmp_path, name, start, end, first, last):
+  soundfile.write(tmp_path / name, _tone(), RATE, subtype='PCM_16')
+  whole = audio.load_audio(tmp_path / name)
+  part = audio.Part(start=start, end=end)
+  np.testing.assert_array_equal(
+    audio.load_audio(tmp_path / name, part=part), whole[first:last]
+  )
+  header = audio.read_header(tmp_path / name, part=part)
+  assert header == audio.Header((last - first) / RATE, RATE, 1)
+
+
+@pytest.mark.parametrize(
+  ('start', 'end'),
+  [(0.3, 0.2), (0.2, 0.2), (-0.1, 0.2), (0.5, None), (0.1, 1.1), (9.0, 9.5),
+   (float('nan'), 0.2), (0.1, float('nan'))],
+)  # fmt: skip
+def test_an_impossible_segment_is_refused(tmp_path, start, end):
+  path = tmp_path / 'a.wav'
+  soundfile.write(path, _tone(), RATE)
+  part = audio.Part(start=start, end=end)
+  for function in (audio.load_audio, audio.read_header):
+    assert _reason(function, path, part=part) == 'bad_segment'
+
+
+@pytest.mark.parametrize('name', ['a.wav', 'a.flac', 'a.ogg'])
+def test_a_recording_inside_a_larger_file_is_found(tmp_path, name):
+  soundfile.write(tmp_path / name, _tone(), RATE)
+  data = (tmp_path / name).read_bytes()
+  path = tmp_path / 'all.tar'
+  path.write_bytes(b'before' * 100 + data + b'after' * 100)
+  part = audio.Part(offset=600, size=len(data))
+  expected = audio.load_audio(tmp_path / name)
+  np.testing.assert_array_equal(audio.load_audio(path, part=part), expected)
+  assert audio.read_header(path, part=part).seconds == 0.5
+  inner = audio.Part(start=0.25, offset=600, size=len(data))
+  np.testing.assert_array_equal(
+    audio.load_audio(path, part=inner), expected[4000:]
+  )
+  beyond = audio.Part(offset=600, size=len(data) + 1000)
+  assert _reason(audio.load_audio, path, part=beyond) == 'truncated'
+  nothing = audio.Part(offset=600, size=0)
+  assert _reason(audio.load_audio, path, part=nothing) == 'empty'
+
+
+@pytest.mark.parametrize('name', ['a.wav', 'a.flac'])
+@pytest.mark.parametrize('share', [0.3, 0.9])
+def test_a_file_that_ends_early_is_named(tmp_path, name, share):
+  path = tmp_path / name
+  rng = np.random.default_rng(0)  # noise, which takes many blocks
+  soundfile.write(path, 0.1 * rng.standard_normal(RATE), RATE)
+  data = path.read_bytes()
+  assert len(audio.load_audio(path)) == RATE
+  path.write_bytes(data[: int(share * len(data))])
+  assert _reason(audio.load_audio, path) == 'truncated'
+
+
+def test_a_file_that_was_streamed_is_whole(tmp_path):
+  """What is written to a pipe cannot tell its length in the header."""
+  path = tmp_path / 'a.wav'
+  soundfile.write(path, _tone(), RATE, subtype='PCM_16')
+  data = bytearray(path.read_bytes())
+  expected = audio.load_audio(path)
+  at = data.index(b'data') + 4
+  for length in (0xFFFFFFFF, 0x7FFFFFFF):
+    data[at : at + 4] = length.to_bytes(4, 'little')
+    path.write_bytes(data)
+    np.testing.assert_array_equal(audio.load_audio(path), expected)
+
+
+def test_a_header_tells_what_was_recorded(tmp_path):
+  both = np.stack([_tone(rate=44100)] * 2, axis=1)
+  soundfile.write(tmp_path / 'a.wav', both, 44100)
+  assert audio.read_header(tmp_path / 'a.wav') == audio.Header(0.5, 44100, 2)
+  assert _reason(audio.read_header, tmp_path / 'none.wav') == 'missing'
+
+
+def test_every_reason_is_explained():
+  source = pathlib.Path(audio.__file__).read_text()
+  given = set(re.findall(r"AudioError\(\s*'([a-z_]+)'", source))
+  assert given == set(audio.REASONS)

@@ -122,3 +122,25 @@ def test_batch_norm_uses_running_statistics_at_evaluation():
   np.testing.assert_allclose(output[:1], alone, atol=1e-5)
   with pytest.raises(ValueError, match='running statistics'):
     module.apply(variables, _X, _ALL)
+
+
+def test_rms_norm_scales_by_one_plus_its_parameter():
+  """As the reference, which trains the offset and not the scale."""
+  module, variables, _ = _module(norm='rms_norm')
+  params = variables['params']
+
+  def inner(offset):
+    """What enters the last map, for an identity there."""
+    changed = dict(params) | {
+      'norm_offset': jnp.asarray(offset, jnp.float32),
+      'pointwise_out': {'kernel': jnp.eye(_WIDTH), 'bias': jnp.zeros(_WIDTH)},
+    }
+    relu = module.clone(activation='relu')
+    return np.asarray(relu.apply({'params': changed}, _X, _ALL)[0])
+
+  plain = inner(np.zeros(_WIDTH))
+  both_signs = plain - inner(np.full(_WIDTH, -2.0))  # relu(x) - relu(-x)
+  np.testing.assert_allclose((both_signs**2).mean(axis=-1), 1, rtol=1e-3)
+  offset = np.linspace(-0.5, 1, _WIDTH)
+  np.testing.assert_allclose(inner(offset), plain * (1 + offset), rtol=1e-5)
+  assert np.abs(inner(offset) - plain * offset).max() > 0.1

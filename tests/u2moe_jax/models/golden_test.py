@@ -39,7 +39,10 @@ class _Port:
     load = golden.load_full if name.startswith('full/') else golden.load
     self.case = load(name.removeprefix('full/'))
     self.config = wenet.model_config(
-      self.case.config, sos=self.case.sos, eos=self.case.eos
+      self.case.config,
+      sos=self.case.sos,
+      eos=self.case.eos,
+      reference_quirks=True,
     )
     if not any(name.startswith('decoder') for name in self.case.weights):
       self.config = config_lib.replace(

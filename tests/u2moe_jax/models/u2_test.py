@@ -1,5 +1,6 @@
 """The whole model: sizes, unrolled = scanned, step by step = teacher-forced."""
 
+import dataclasses
 import functools
 import importlib
 
@@ -10,6 +11,7 @@ import pytest
 
 from tests.reference import tiny
 from u2moe_jax import config as config_lib
+from u2moe_jax.models import decoder as decoder_lib
 from u2moe_jax.models import u2
 from u2moe_jax.training import objective
 
@@ -116,21 +118,42 @@ def expected(decoding):
 
 
 def test_step_by_step_is_teacher_forced(decoding, expected):
-  cache = decoding.apply('init_step_cache', decoding.memory, rows=6, capacity=8)
-  step = jax.jit(
-    lambda tokens, position, cache: decoding.apply(
-      'decode_step', tokens, position, cache, decoding.mask
-    )
+  rows, capacity = decoding.rows, 8
+  config = decoding.model.config
+  decoder = u2.make_decoder(config, config.decoder.num_blocks, unrolled=True)
+  unstacked = decoder_lib.unstack(decoding.params['forward_decoder'])
+  apply = functools.partial(decoder.apply, {'params': unstacked})
+  cache = apply(
+    decoding.memory, hypotheses=rows, capacity=2, method='init_step_cache'
   )
+  step = jax.jit(
+    lambda inputs, cache: apply(inputs, cache, decoding.mask, method='step')
+  )
+  tokens = decoding.tokens.reshape(2, rows, -1)
+  # Hypotheses change places at every step: n stands at (n + i) % rows at step
+  # i, and so did its ancestors at their positions.
+  names = jnp.arange(rows)
+  ancestry = jnp.full((2, rows, capacity), -1)
   for i in range(decoding.length):
-    log_probs, cache = step(decoding.tokens[:, i], jnp.asarray(i), cache)
-    np.testing.assert_allclose(log_probs, expected[:, i], atol=1e-5)
-  assert step._cache_size() == 1
-  # The cached tokens matter: another past gives another answer.
-  other = decoding.apply('init_step_cache', decoding.memory, rows=6, capacity=8)
-  position = jnp.asarray(decoding.length - 1)
-  log_probs, _ = step(decoding.tokens[:, -1], position, other)
-  assert np.abs(log_probs - expected[:, -1]).max() > 1e-2
+    order = (names - i) % rows  # who stands at each place
+    own = (order[:, None] + jnp.arange(i + 1)[None]) % rows  # [N, i + 1]
+    ancestry = ancestry.at[:, :, : i + 1].set(own[None])
+    if i == 2:
+      cache = decoder_lib.grow(cache, capacity, hypotheses=rows)
+    inputs = decoder_lib.StepInputs(
+      tokens=tokens[:, order, i],
+      position=jnp.asarray(i),
+      ancestry=ancestry if i >= 2 else ancestry[..., :2],
+      live=jnp.ones((2, rows), bool),
+    )
+    logits, cache, _ = step(inputs, cache)
+    wanted = expected[:, i].reshape(2, rows, -1)[:, order]
+    np.testing.assert_allclose(jax.nn.log_softmax(logits), wanted, atol=1e-5)
+  assert step._cache_size() == 2
+  # The ancestors matter: others give another answer.
+  swapped = dataclasses.replace(inputs, ancestry=inputs.ancestry[:, ::-1])
+  logits, _, _ = step(swapped, cache)
+  assert np.abs(jax.nn.log_softmax(logits) - wanted).max() > 1e-2
 
 
 def test_hypotheses_of_an_utterance_share_its_frames(decoding, expected):

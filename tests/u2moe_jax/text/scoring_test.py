@@ -164,6 +164,68 @@ def test_normalising_twice_changes_nothing(text, uppercase, remove):
   assert twice == once
 
 
+_MIXED = st.lists(st.sampled_from(['你', '好', 'OK', 'A']), max_size=8)
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(_MIXED.filter(bool), _MIXED)
+def test_mixed_rates_agree_with_jiwer(reference, other):
+  """Chinese by character, English by word, whatever the spaces between."""
+  glue = lambda parts: ' '.join(parts).replace('你 好', '你好')
+  counts = scoring.corpus_errors([(glue(reference), glue(other))], unit='mixed')
+  theirs = jiwer.wer(' '.join(reference), ' '.join(other))
+  assert counts.rate == pytest.approx(100 * theirs)
+
+
+def test_mixed_differs_from_words_where_nothing_separates_characters():
+  pairs = [('你好 OK', '你们 OK')]
+  assert scoring.corpus_errors(pairs).rate == 50.0
+  assert scoring.corpus_errors(pairs, unit='mixed').rate == pytest.approx(
+    100 / 3
+  )
+
+
+@pytest.mark.parametrize(
+  ('options', 'expected'),
+  [
+    ({}, 'ＯK, <NOISE> STRASSE'),
+    ({'case': 'lower'}, 'ｏk, <noise> straße'),
+    ({'case': 'keep'}, 'Ｏk, <noise> Straße'),
+    ({'nfkc': True, 'case': 'keep'}, 'Ok, <noise> Straße'),
+    ({'ignore': '<[^>]*>'}, 'ＯK, STRASSE'),
+    ({'remove_punctuation': True, 'ignore': '<[^>]*>'}, 'ＯK STRASSE'),
+  ],
+)
+def test_a_normaliser_does_what_it_is_asked(options, expected):
+  normaliser = scoring.Normaliser(**options)
+  assert normaliser(' Ｏk,  <noise> Straße') == expected
+
+
+def test_a_normaliser_says_what_it_does():
+  assert str(scoring.Normaliser()) == 'upper case, single spaces'
+  every = scoring.Normaliser(
+    nfkc=True, ignore='<.*>', remove_punctuation=True, case='keep'
+  )
+  assert str(every) == (
+    'NFKC, without /<.*>/, without punctuation, case as it is, single spaces'
+  )
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(_SENTENCES, _SENTENCES)
+def test_rows_count_as_the_texts_do(left, right):
+  rows = scoring.align(left, right)
+  assert scoring.count_rows(rows) == scoring.word_errors(left, right)
+
+
+def test_an_alignment_is_shown_in_columns():
+  rows = scoring.align('THE 你 SAT ON', '你 SIT ON IT')
+  assert scoring.show(rows) == (
+    'REF: THE 你 SAT ON **\nHYP: *** 你 SIT ON IT\n     D      S      I'
+  )
+  assert scoring.show(scoring.align('A', 'A')) == 'REF: A\nHYP: A'
+
+
 def test_another_unit_is_refused():
   with pytest.raises(ValueError, match='sentence'):
     scoring.corpus_errors([('A', 'A')], unit='sentence')

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -285,3 +286,51 @@ def test_importing_leaves_sentencepiece_alone():
     "assert 'sentencepiece' not in sys.modules"
   )
   subprocess.run([sys.executable, '-c', code], check=True)
+
+
+def test_symbols_of_the_table_are_kept_whole():
+  table = ['<blank>', '<unk>', '<sos/eos>', '<NOISE>', '{um}', '<', 'A', '▁']
+  tokens = tokenizer.CharTokenizer(table)
+  ids = tokens.encode('A <NOISE> {um}A')
+  assert [tokens.tokens[i] for i in ids] == [
+    'A', '▁', '<NOISE>', '▁', '{um}', 'A',
+  ]  # fmt: skip
+  assert tokens.decode(ids) == 'A <NOISE> {um}A'
+  assert tokens.encode('<A') == [5, 6]
+  # The negative control: a table without them spells them.
+  plain = tokenizer.CharTokenizer(table[:3] + table[5:])
+  assert plain.encode('{um}') == [plain.special.unk] * 4
+  # What is special cannot be written.
+  assert tokens.special.blank not in tokens.encode('<blank>')
+
+
+@pytest.mark.parametrize(
+  ('units', 'model'),
+  [
+    ('units.txt', 'bpe.model'),
+    ('train_960_unigram5000_units.txt', 'train_960_unigram5000.model'),
+    ('lang_char.txt', 'train.model'),
+  ],
+)
+def test_wenets_names_are_found(tmp_path, bpe, units, model):
+  bpe.save(tmp_path / 'ours')
+  folder = tmp_path / 'lang_char'
+  folder.mkdir()
+  shutil.copy(tmp_path / 'ours' / 'units.txt', folder / units)
+  shutil.copy(tmp_path / 'ours' / 'bpe.model', folder / model)
+  for path in (folder, folder / units):
+    loaded = tokenizer.load(path)
+    assert loaded.kind == 'bpe'
+    assert loaded.tokens == bpe.tokens
+    assert loaded.encode(_ENGLISH[2]) == bpe.encode(_ENGLISH[2])
+    assert loaded.decode(loaded.encode(_ENGLISH[2])) == _ENGLISH[2]
+  (folder / model).unlink()
+  assert tokenizer.load(folder).kind == 'char'
+
+
+def test_a_choice_of_tables_is_refused_but_a_file_chooses(tmp_path):
+  for name in ('a_units.txt', 'b_units.txt'):
+    (tmp_path / name).write_text(f'<blank> 0\n<unk> 1\n{name[0]} 2\n')
+  with pytest.raises(ValueError, match=r'a_units\.txt, b_units\.txt'):
+    tokenizer.load(tmp_path)
+  assert tokenizer.load(tmp_path / 'b_units.txt').tokens[2] == 'b'

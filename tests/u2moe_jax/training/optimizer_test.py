@@ -34,8 +34,6 @@ def test_reference_rates():
   _, results = golden.units()
   compared = 0
   for case in results['warmuplr_used']:
-    if case['warmup_steps'] == 0:
-      continue
     schedule = _schedule(
       learning_rate=case['lr'], warmup_steps=case['warmup_steps']
     )
@@ -44,7 +42,7 @@ def test_reference_rates():
       _rates(schedule, range(len(used))), used, rtol=1e-5
     )
     compared += 1
-  assert compared == 2
+  assert compared == 3
 
 
 def test_cosine_and_constant():

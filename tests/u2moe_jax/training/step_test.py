@@ -13,7 +13,9 @@ from u2moe_jax.models import u2
 from u2moe_jax.sharding import mesh as mesh_lib
 from u2moe_jax.sharding import placement
 from u2moe_jax.sharding import rules
+from u2moe_jax.training import flops
 from u2moe_jax.training import optimizer as optimizer_lib
+from u2moe_jax.training import parameters
 from u2moe_jax.training import state as state_lib
 from u2moe_jax.training import step as step_lib
 
@@ -50,7 +52,9 @@ class _Run:
     self.mesh = mesh_lib.make_mesh(config_lib.MeshConfig(**sizes), devices)
     self.model = u2.U2MoeModel(config.model)
     self.optimizer = optimizer_lib.make_optimizer(
-      config.optimizer, num_steps=config.train.num_steps
+      config.optimizer,
+      num_steps=config.train.num_steps,
+      trainable=config.train.trainable,
     )
     self.buffers = u2.init_buffers(config.model)
     with jax.set_mesh(self.mesh):
@@ -67,7 +71,14 @@ class _Run:
 
   def state(self):
     """The same values on every mesh."""
-    _, params, _ = tiny.init(_MODEL)
+    return self._state(_MODEL)
+
+  def small_state(self):
+    """That of `_SMALL`."""
+    return self._state(_SMALL)
+
+  def _state(self, model):
+    _, params, _ = tiny.init(model)
     state = state_lib.TrainState(
       step=jnp.zeros((), jnp.int32),
       params=params,
@@ -240,3 +251,85 @@ def test_chunk_sizes_are_drawn_by_step(single):
   assert [m['chunk_size'] for m in again] == [
     m['chunk_size'] for m in metrics[:3]
   ]
+
+
+# Short to compile: CTC alone, one dense block.
+_SMALL = tiny.model_config(decoders=0, num_blocks=1, use_dynamic_chunk=False)
+
+
+def _small_config(**changes):
+  config = dataclasses.replace(_CONFIG, model=_SMALL)
+  for path, value in changes.items():
+    config = config_lib.replace(config, path.replace('__', '.'), value)
+  return config
+
+
+def _rows(batch, chosen):
+  return jax.tree.map(lambda x: x[np.array(chosen)], batch)
+
+
+@pytest.fixture(scope='module')
+def whole():
+  """One update on the batch of eight, of which seven are real."""
+  run = _Run(_small_config())
+  state, _ = run.advance(run.small_state(), _BATCH)
+  return jax.device_get(state.params)
+
+
+def test_accumulated_parts_are_the_large_batch(whole):
+  """Parts of 3 and 4 real rows, with different tokens, and an empty row."""
+  run = _Run(_small_config(optimizer__accumulate=2))
+  parts = [_rows(_BATCH, [0, 1, 2, 7]), _rows(_BATCH, [3, 4, 5, 6])]
+  state, _ = run.advance(run.small_state(), parts[0])
+  before = jax.device_get(run.small_state().params)
+  jax.tree.map(np.testing.assert_array_equal, state.params, before)
+  state, _ = run.advance(state, parts[1])
+  _assert_close(state.params, whole, 2e-6)
+  moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before, whole)
+  assert np.median(jax.tree.leaves(moved)) > 1e-4
+  # Another division of the rows would be another update.
+  state, _ = run.advance(run.small_state(), parts[0], parts[0])
+  other = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params, whole)
+  assert max(jax.tree.leaves(other)) > 1e-4
+  # A part that is not finite is left out of the update, the rest is not.
+  features = parts[0].features.copy()
+  features[0, 0, 0] = np.nan
+  bad = parts[0].replace(features=features)
+  state, metrics = run.advance(run.small_state(), bad, parts[1])
+  assert [each['skipped'] for each in metrics] == [1, 0]
+  good, _ = run.advance(
+    run.small_state(), parts[1].replace(weights=0 * parts[1].weights), parts[1]
+  )
+  _assert_close(state.params, good.params, 1e-7)
+
+
+def test_frozen_parameters_cost_nothing_and_stay():
+  config = _small_config(train__trainable='ctc,norms')
+  run = _Run(config)
+  state, (metrics,) = run.advance(run.small_state(), _BATCH)
+  before = parameters.paths(jax.device_get(run.small_state().params))
+  chosen = parameters.selector('ctc,norms')
+  sizes = {True: 0, False: 0}
+  for path, leaf in parameters.paths(state.params).items():
+    moved = not np.array_equal(leaf, before[path])
+    assert moved == chosen(path), path
+    sizes[chosen(path)] += leaf.size
+  moments = [leaf.size for leaf in jax.tree.leaves(state.opt_state)]
+  assert sum(size for size in moments if size > 1) == 2 * sizes[True]
+  assert sizes[False] > 5 * sizes[True]
+  # The norm is that of what trains, and the gradient of the rest is not made.
+  counts = [_count_flops(_Run(c), _BATCH) for c in (config, _small_config())]
+  assert counts[0] < 0.8 * counts[1]
+  assert 0 < metrics['gradient_norm'] < np.inf
+
+
+def _count_flops(run, batch):
+  with jax.set_mesh(run.mesh):
+    return flops.count(run.step.trace(run.small_state(), batch).jaxpr)
+
+
+def test_the_state_is_donated(single):
+  state = single.state()
+  single.advance(state, _BATCH)
+  leaves = jax.tree.leaves((state.params, state.opt_state))
+  assert all(leaf.is_deleted() for leaf in leaves)

@@ -1,0 +1,1 @@
+"""Our model against stored numbers of the reference, quantity by quantity."""

@@ -1,0 +1,158 @@
+"""The script: a model directory in, a model directory and a receipt out."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.wiring import upcycling
+from tests.reference import tiny
+from u2moe_jax import config as config_lib
+from u2moe_jax.checkpoint import contents
+from u2moe_jax.checkpoint import directory
+from u2moe_jax.checkpoint import single
+from u2moe_jax.training import upcycling as upcycling_lib
+
+_CONFIG = tiny.model_config(
+  decoders=0, num_blocks=1, conv_norm='batch_norm', batch_norm_padding=True
+)
+
+
+@pytest.fixture(scope='module')
+def dense(tmp_path_factory):
+  """A dense model directory with a token table."""
+  folder = tmp_path_factory.mktemp('dense')
+  (folder / 'tokens').mkdir()
+  (folder / 'tokens' / 'units.txt').write_text('<blank> 0\n')
+  _, params, buffers = tiny.init(_CONFIG)
+  directory.write(
+    folder / 'model',
+    directory.Description(
+      _CONFIG, config_lib.FeatureConfig(num_mel_bins=tiny.BINS), {'step': 12}
+    ),
+    params,
+    buffers,
+    tokens=folder / 'tokens',
+  )
+  return folder / 'model'
+
+
+_REQUEST = upcycling.Request(num_experts=4, top_k=2)
+
+
+def test_a_directory_grows_and_shrinks(dense, tmp_path, capsys):
+  out = tmp_path / 'moe'
+  assert upcycling.upcycle(dense, out, _REQUEST, num_utterances=2)
+  lines = capsys.readouterr().out.splitlines()
+  record = json.loads(lines[-1])
+  assert record['passed']
+  assert record['exact']
+  assert record['encoder_difference'] < 1e-5
+  assert record['texts_equal'] == record['utterances'] == 2
+  assert record['experts_visited'] == record['experts'] == 8
+  assert record['parameters_after'] > record['active_parameters_after']
+  assert record['bytes_after'] > 4 * record['parameters_after']
+  assert any('(bound 1e-05)' in line for line in lines)
+  found = directory.find(out)
+  assert found.description.model.encoder.moe.num_experts == 4
+  assert (found.tokens / 'units.txt').read_text() == '<blank> 0\n'
+  story = found.description.provenance
+  assert story['source_provenance'] == {'step': 12}
+  assert story['upcycling']['top_k'] == 2
+  assert story['source'] == str(dense)
+  expected = upcycling_lib.upcycle(
+    dict(
+      zip(
+        ('params', 'buffers'),
+        directory.restore(directory.find(dense)),
+        strict=True,
+      )
+    ),
+    _CONFIG,
+    found.description.model,
+  )
+  params, buffers = directory.restore(found)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    {'params': params, 'buffers': buffers},
+    expected,
+  )
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['moe']
+  # And back: the same weights, a receipt without bounds.
+  assert upcycling.upcycle(out, tmp_path / 'back', None, num_utterances=2)
+  lines = capsys.readouterr().out.splitlines()
+  assert not json.loads(lines[-1])['exact']
+  assert not any('bound' in line for line in lines)
+  back = directory.find(tmp_path / 'back')
+  assert back.description.model == _CONFIG
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    directory.restore(back),
+    directory.restore(directory.find(dense)),
+  )
+
+
+def test_a_model_that_differs_is_not_written(
+  dense, tmp_path, capsys, monkeypatch
+):
+  build = upcycling_lib.build
+
+  def careless(*arguments):
+    made = build(*arguments)
+    layer = made['params']['encoder']['blocks']['ffn_final']
+    layer['w_out'] = layer['w_out'].at[0, 1].multiply(1.01)
+    return made
+
+  monkeypatch.setattr(upcycling_lib, 'build', careless)
+  out = tmp_path / 'moe'
+  assert not upcycling.upcycle(dense, out, _REQUEST, num_utterances=2)
+  assert not json.loads(capsys.readouterr().out.splitlines()[-1])['passed']
+  assert not list(tmp_path.iterdir())
+
+
+def test_an_out_that_exists_is_left_alone(dense, tmp_path):
+  (tmp_path / 'notes').write_text('mine')
+  with pytest.raises(ValueError, match='exists already'):
+    upcycling.upcycle(dense, tmp_path, _REQUEST)
+  with pytest.raises(ValueError, match='exists already'):
+    upcycling.upcycle(dense, dense, _REQUEST)
+  assert (tmp_path / 'notes').read_text() == 'mine'
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'where': 'decoder'}, 'no decoder'),
+    ({'top_k': 1}, 'no gradient'),
+    ({'noise': 0.1, 'drop': 0.1}, 'exclude'),
+  ],
+)
+def test_bad_requests_come_before_any_work(dense, tmp_path, changes, message):
+  request = dataclasses.replace(_REQUEST, **changes)
+  with pytest.raises(ValueError, match=message):
+    upcycling.upcycle(dense, tmp_path / 'moe', request)
+  with pytest.raises(ValueError, match='cannot be read.*axes: data'):
+    upcycling.upcycle(dense, tmp_path / 'moe', _REQUEST, mesh='expert:4')
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_model_too_large_for_the_machine_is_refused(dense, monkeypatch):
+  monkeypatch.setattr(upcycling.os, 'sysconf', lambda name: 100)
+  with pytest.raises(ValueError, match='GiB, and this machine has'):
+    upcycling.upcycle(dense, dense.parent / 'moe', _REQUEST)
+
+
+def test_one_array_at_a_time(dense):
+  params, buffers = directory.restore(directory.find(dense))
+  read = single.Reader(dense / 'params')
+  path = 'params/encoder/blocks/ffn_final/w_in/kernel'
+  expected = params['encoder']['blocks']['ffn_final']['w_in']['kernel']
+  np.testing.assert_array_equal(read(path), expected)
+  np.testing.assert_array_equal(
+    read('buffers/conv_norm/mean'), buffers['conv_norm']['mean']
+  )
+  assert read.shapes[path] == expected.shape
+  with pytest.raises(contents.CheckpointError, match="no array 'params/nope'"):
+    read('params/nope')

@@ -1,0 +1,161 @@
+"""The tree of an n-best list: every prefix once, and nothing lost."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.reference import tiny
+from u2moe_jax.decoding import hypotheses
+from u2moe_jax.decoding import prefix_tree
+from u2moe_jax.decoding import programs
+from u2moe_jax.decoding import rescoring
+
+SOS = 9
+# Much in common, nothing in common, one inside another, twice the same, none.
+LISTS = [
+  [[1, 2, 3, 4], [1, 2, 5, 4], [1, 2], [1, 2], []],
+  [[1], [2, 1], [3, 1, 1], [], []],
+]
+
+
+def _arrays(lists=LISTS, size=5):
+  pad = lambda tokens: [*tokens, *[-1] * (size - len(tokens))]
+  tokens = jnp.array([[pad(tokens) for tokens in row] for row in lists])
+  return tokens, jnp.array([[len(tokens) for tokens in row] for row in lists])
+
+
+def _prefixes(row):
+  """All different prefixes of a list, as tuples."""
+  return {tuple(t[:u]) for t in row for u in range(len(t) + 1)}
+
+
+def test_every_prefix_stands_once_in_the_tree():
+  tokens, lengths = _arrays()
+  nodes, _, counts = prefix_tree.prefix_nodes(tokens, lengths)
+  tree = prefix_tree.build(tokens, lengths, sos_id=SOS, num_nodes=12)
+  for b, row in enumerate(LISTS):
+    names = {}  # node -> prefix, read along the hypotheses
+    for n, hypothesis in enumerate(row):
+      for u in range(len(hypothesis) + 1):
+        prefix = tuple(hypothesis[:u])
+        assert names.setdefault(int(nodes[b, n, u]), prefix) == prefix
+    assert set(names.values()) == _prefixes(row)
+    assert counts[b] == len(names) == tree.mask[b].sum()
+    for i, prefix in names.items():
+      assert tree.tokens[b, i] == (prefix[-1] if prefix else SOS)
+      assert tree.positions[b, i] == len(prefix)
+      assert names[int(tree.parents[b, i])] == prefix[:-1]
+      for j in range(12):
+        begins = j in names and prefix[: len(names[j])] == names[j]
+        assert tree.precedes_mask[b, i, j] == begins
+    assert not tree.precedes_mask[b, len(names) :].any()
+
+
+def test_scores_are_read_where_they_were_written():
+  tokens, lengths = _arrays()
+  tree = prefix_tree.build(tokens, lengths, sos_id=SOS, num_nodes=12)
+  rng = np.random.default_rng(0)
+  node_scores, end_scores = jnp.asarray(rng.normal(size=(2, 2, 12)))
+  nodes, _, _ = prefix_tree.prefix_nodes(tokens, lengths)
+  found = prefix_tree.read(node_scores, end_scores, tokens, lengths)
+  for b, row in enumerate(LISTS):
+    for n, hypothesis in enumerate(row):
+      path = [int(nodes[b, n, u]) for u in range(len(hypothesis) + 1)]
+      expected = [node_scores[b, i] for i in path[1:]]
+      expected += [end_scores[b, path[-1]]] + [0.0] * (5 - len(hypothesis))
+      np.testing.assert_array_equal(found[b, n], np.array(expected))
+  assert tree.tokens.shape == node_scores.shape
+
+
+@pytest.mark.parametrize(
+  ('count', 'size'), [(1, 64), (64, 64), (65, 128), (448, 448), (513, 640)]
+)
+def test_rooms_are_few_and_hold_what_they_must(count, size):
+  assert programs.node_size(count) == size
+
+
+class _Rescoring:
+  """A tiny MoE model with both decoders, and an n-best list."""
+
+  def __init__(self):
+    config = tiny.model_config(tiny.moe())
+    self.model, self.params, _ = tiny.init(config)
+    rng = np.random.default_rng(1)
+    self.frames = jnp.asarray(rng.normal(size=(2, 6, 16)), jnp.float32)
+    self.mask = jnp.arange(6)[None] < jnp.array([6, 4])[:, None]
+    tokens, lengths = _arrays()
+    scores = jnp.asarray(-np.sort(rng.random((2, 5)) * 3), jnp.float32)
+    self.nbest = hypotheses.Hypotheses(
+      tokens=tokens,
+      lengths=lengths,
+      scores=scores.at[1, 4].set(-jnp.inf),
+      times=tokens,
+      margin=jnp.full((2,), jnp.inf),
+    )
+
+  def by_rows(self, reverse_weight):
+    """Each hypothesis by itself."""
+    score = lambda reverse: programs.score_nbest(
+      self.model,
+      self.params,
+      self.nbest,
+      self.frames,
+      self.mask,
+      reverse=reverse,
+    )
+    (forward, left), (backward, right) = score(False), score(True)
+    margin = jnp.minimum(left, right) if reverse_weight else left
+    return rescoring.combine(
+      dataclasses.replace(self.nbest, margin=margin),
+      forward,
+      backward,
+      ctc_weight=0.3,
+      reverse_weight=reverse_weight,
+    )
+
+  def by_tree(self, reverse_weight, **options):
+    return programs.search_rescoring(
+      self.model,
+      self.params,
+      self.nbest,
+      self.frames,
+      self.mask,
+      ctc_weight=0.3,
+      reverse_weight=reverse_weight,
+      **options,
+    )
+
+
+@pytest.fixture(scope='module')
+def case():
+  return _Rescoring()
+
+
+@pytest.mark.parametrize('reverse_weight', [0.0, 0.5])
+def test_the_tree_scores_as_the_rows_do(case, reverse_weight):
+  rows = jax.jit(case.by_rows, static_argnums=0)(reverse_weight)
+  tree = case.by_tree(reverse_weight)
+  compare = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5)
+  jax.tree.map(compare, tree, rows)
+  assert np.isfinite(tree.margin).all()
+  jax.tree.map(compare, case.by_tree(reverse_weight, num_nodes=16), tree)
+  with pytest.raises(ValueError, match='num_nodes=5'):
+    case.by_tree(reverse_weight, num_nodes=5)
+
+
+def test_a_node_that_sees_more_than_its_prefix_is_noticed(case):
+  tokens, lengths = _arrays()
+  tree = prefix_tree.build(tokens, lengths, sos_id=10, num_nodes=16)
+  score = lambda tree: (
+    programs.score_tree(
+      case.model, case.params, tree, case.frames, case.mask, reverse=False
+    ).ends
+  )
+  wide = jnp.tril(jnp.ones((16, 16), bool))[None] & tree.mask[:, None]
+  wide = dataclasses.replace(tree, precedes_mask=wide)
+  changed = np.abs(score(wide) - score(tree))
+  assert changed[0, :5].max() < 1e-5  # the first hypothesis
+  assert changed[0, 5:7].min() > 1e-3

@@ -1,0 +1,188 @@
+"""Gradient transformations that optax lacks or does otherwise."""
+
+from collections.abc import Callable
+from typing import Any
+from typing import NamedTuple
+
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+import optax
+
+from u2moe_jax.array_types import PyTree
+
+
+class AccumulateState(NamedTuple):
+  """Batches of the update that is being gathered.
+
+  Attributes:
+    count: batches seen.
+    weight: sum of their weights.
+    gradients: weighted sum of their gradients.
+    inner: state of the wrapped transformation.
+  """
+
+  count: jax.Array
+  weight: jax.Array
+  gradients: PyTree
+  inner: PyTree
+
+
+def accumulate(
+  inner: optax.GradientTransformation, every: int
+) -> optax.GradientTransformationExtraArgs:
+  """Updates once every so many calls, by the weighted mean of the gradients.
+
+  With weights that are what each loss was divided by, the mean is the
+  gradient of one large batch, however differently the batches are filled;
+  `optax.MultiSteps`, which weighs all alike, gives that only for equal ones.
+
+  Args:
+    inner: what gets the mean.
+    every: calls to one update.
+
+  Returns:
+    A transformation whose `update` takes `weight` (default 1). A call of
+    weight 0 counts; if all of them are, nothing is updated.
+  """
+
+  def init(params):
+    return AccumulateState(
+      count=jnp.zeros((), jnp.int32),
+      weight=jnp.zeros((), jnp.float32),
+      gradients=jax.tree.map(jnp.zeros_like, params),
+      inner=inner.init(params),
+    )
+
+  def update(gradients, state, params=None, *, weight=1.0, **extra):
+    del extra
+    total = state.weight + weight
+    gathered = jax.tree.map(
+      lambda held, g: held + weight * g, state.gradients, gradients
+    )
+
+    def apply(_):
+      mean = jax.tree.map(lambda g: g / total, gathered)
+      return inner.update(mean, state.inner, params)
+
+    def hold(_):
+      return jax.tree.map(jnp.zeros_like, gradients), state.inner
+
+    full = state.count + 1 == every
+    updates, new_inner = jax.lax.cond(full & (total > 0), apply, hold, None)
+    return updates, AccumulateState(
+      count=(state.count + 1) % every,
+      weight=jnp.where(full, 0.0, total),
+      gradients=jax.tree.map(lambda g: jnp.where(full, 0.0, g), gathered),
+      inner=new_inner,
+    )
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+class EmaState(NamedTuple):
+  """Attributes: count: updates done; ema: averaged parameters."""
+
+  count: jax.Array
+  ema: PyTree
+
+
+def average_parameters(decay: float) -> optax.GradientTransformation:
+  """Keeps ema <- d ema + (1 - d) params, and leaves the updates alone.
+
+  d = min(decay, (1 + n) / (10 + n)) after n updates, so that the first
+  parameters are soon forgotten. It must be the last of a chain, for it takes
+  what it gets for the whole update.
+  """
+
+  def init(params):
+    # A copy: both are donated, and no buffer may be donated twice.
+    copy = jax.tree.map(jnp.copy, params)
+    return EmaState(count=jnp.zeros((), jnp.int32), ema=copy)
+
+  def update(updates, state, params):
+    count = state.count + 1
+    held = jnp.minimum(decay, (1 + count) / (10 + count))
+    new = optax.apply_updates(params, updates)
+    ema = jax.tree.map(lambda a, b: held * a + (1 - held) * b, state.ema, new)
+    return updates, EmaState(count=count, ema=ema)
+
+  return optax.GradientTransformation(init, update)
+
+
+def only(
+  inner: optax.GradientTransformation, mask: Callable[[PyTree], PyTree]
+) -> optax.GradientTransformationExtraArgs:
+  """Transforms some of the parameters; the others never move.
+
+  `inner` does not even see the others, so that its state has no arrays for
+  them.
+
+  Args:
+    inner: what gets the chosen ones.
+    mask: parameters to a tree of booleans; True for the chosen ones.
+  """
+  inner = optax.with_extra_args_support(inner)
+
+  def init(params):
+    return inner.init(_prune(params, mask(params)))
+
+  def update(updates, state, params=None, **extra):
+    chosen = mask(updates)
+    inside = None if params is None else _prune(params, chosen)
+    new, state = inner.update(_prune(updates, chosen), state, inside, **extra)
+    return graft(jax.tree.map(jnp.zeros_like, updates), new), state
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _prune(tree: PyTree, mask: PyTree) -> PyTree:
+  """The nested dict with the chosen leaves; a box of axis names is one."""
+  flat, chosen = traverse_util.flatten_dict(tree), _flat_mask(mask)
+  return traverse_util.unflatten_dict(
+    {path: leaf for path, leaf in flat.items() if chosen[path]}
+  )
+
+
+def _flat_mask(mask: PyTree) -> dict[Any, bool]:
+  flat = traverse_util.flatten_dict(mask)
+  return {path: any(jax.tree.leaves(leaf)) for path, leaf in flat.items()}
+
+
+def graft(tree: PyTree, part: PyTree) -> PyTree:
+  """A nested dict with some of its leaves replaced."""
+  flat = traverse_util.flatten_dict(tree)
+  return traverse_util.unflatten_dict(flat | traverse_util.flatten_dict(part))
+
+
+class GateState(NamedTuple):
+  """Attributes: count: calls."""
+
+  count: jax.Array
+
+
+def gate(
+  mask: Callable[[PyTree], PyTree], num_calls: int
+) -> optax.GradientTransformation:
+  """Zeroes what is not chosen, until it has been called so many times.
+
+  Args:
+    mask: parameters to a tree of booleans; True for what always passes.
+    num_calls: calls after which everything passes.
+  """
+
+  def init(params):
+    del params
+    return GateState(jnp.zeros((), jnp.int32))
+
+  def update(updates, state, params=None):
+    del params
+    is_open = state.count >= num_calls
+    passed = jax.tree.map(
+      lambda x, always: x if always else jnp.where(is_open, x, 0.0),
+      updates,
+      mask(updates),
+    )
+    return passed, GateState(state.count + 1)
+
+  return optax.GradientTransformation(init, update)
