@@ -1,5 +1,6 @@
 # make quickstart   from nothing to a trained, streaming recogniser
 # make test         format, lint, import floors, types, tests
+# make chaos        kills a training at 20 random moments; minutes, no part of test
 # PYTHON=python3.12 takes another interpreter (with an environment of its own)
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ WORKDIR ?= runs/quickstart
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup quickstart test format clean
+.PHONY: setup quickstart test chaos format clean
 
 setup: $(STAMP)
 
@@ -20,8 +21,11 @@ $(STAMP): requirements.txt requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
 	@touch $(STAMP)
 
+# On Linux, huge pages: a step allocates and frees hundreds of megabytes, and
+# page faults would take a seventh of its time.
 quickstart: setup
-	$(BIN)/python -m experiments.quickstart --workdir=$(WORKDIR)
+	GLIBC_TUNABLES=$${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} \
+	  $(BIN)/python -m experiments.quickstart --workdir=$(WORKDIR)
 
 test: setup
 	@echo "== format";  $(BIN)/ruff format --check .
@@ -29,6 +33,9 @@ test: setup
 	@echo "== floors";  $(BIN)/lint-imports --no-cache
 	@echo "== types";   $(BIN)/mypy
 	@echo "== tests";   $(BIN)/python -m pytest -n 2 --dist worksteal
+
+chaos: setup
+	JAX_PLATFORMS=cpu $(BIN)/python -m tests.chaos --kills=20
 
 format: setup
 	$(BIN)/ruff format .

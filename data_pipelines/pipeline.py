@@ -253,6 +253,11 @@ class TrainBatches:
   The number is the whole state of the data: batch n is the same whatever was
   asked for before, on any number of workers; and of any number of hosts, each
   loads its rows of it.
+
+  Attributes:
+    planned_buckets: the shapes that the plan fills.
+    buckets: the shapes of the batches, rows that are always empty included.
+    epochs_together: epochs that are planned together.
   """
 
   def __init__(
@@ -261,6 +266,7 @@ class TrainBatches:
     *,
     seed: int,
     multiple: int = 1,
+    buckets: Sequence[plan.Bucket] | None = None,
     host_index: int = 0,
     num_hosts: int = 1,
   ):
@@ -270,6 +276,8 @@ class TrainBatches:
       corpus: the utterances.
       seed: of the experiment.
       multiple: batch sizes are multiples of it; of `num_hosts`, then.
+      buckets: those of a run that goes on, whatever its `multiple` was: the
+        utterances of each batch stay, with empty rows behind them.
       host_index: number of this host.
       num_hosts: hosts that share each batch.
 
@@ -286,14 +294,16 @@ class TrainBatches:
     self._seed = seed
     self._host = {'host_index': host_index, 'num_hosts': num_hosts}
     config = corpus.config
-    self.buckets = plan.make_buckets(
+    self.planned_buckets = buckets or plan.make_buckets(
       corpus.items,
       config,
       speeds=config.augment.speeds or (1.0,),
       multiple=multiple,
     )
+    self._multiple = multiple
+    self.buckets = [plan.padded(b, multiple) for b in self.planned_buckets]
     self.epochs_together = plan.epochs_together(
-      corpus.items, self.buckets, config
+      corpus.items, self.planned_buckets, config
     )
     self._steps = transforms.training_steps(config, corpus.speech)
     self._starts = [0]  # number of each epoch's first batch
@@ -318,7 +328,7 @@ class TrainBatches:
   def _plan(self, epochs: range) -> list[list[plan.PlannedBatch]]:
     return plan.plan_block(
       self._corpus.items,
-      self.buckets,
+      self.planned_buckets,
       self._corpus.config,
       seed=self._seed,
       epochs=epochs,
@@ -344,6 +354,8 @@ class TrainBatches:
   def __getitem__(self, number: int) -> HostBatch:
     """This host's rows of batch `number`."""
     _, planned = self.locate(number)
+    bucket = plan.padded(planned.bucket, self._multiple)
+    planned = dataclasses.replace(planned, bucket=bucket)
 
     def make_rng(key: str, number: int) -> np.random.Generator:
       return plan.generator(self._seed, 'augment', number, key)
@@ -397,7 +409,11 @@ class _Endless:
 
 
 def evaluation_batches(
-  corpus: Corpus, *, buckets: Sequence[plan.Bucket]
+  corpus: Corpus,
+  *,
+  buckets: Sequence[plan.Bucket],
+  host_index: int = 0,
+  num_hosts: int = 1,
 ) -> Iterator[tuple[HostBatch, tuple[int, ...]]]:
   """Every utterance once, without augmentation.
 
@@ -405,13 +421,16 @@ def evaluation_batches(
     corpus: the utterances.
     buckets: shapes that are compiled anyway; one is added if something does
       not fit.
+    host_index: number of this host.
+    num_hosts: hosts that share each batch; each loads its rows of it.
 
   Yields:
-    A batch and the corpus indices of its rows.
+    A batch, and the corpus indices of its rows, those of other hosts included.
   """
   config = corpus.config
   buckets = plan.extend_buckets(buckets, corpus.items, config)
   steps = (transforms.Fbank(config.features, dither=False),)
   for planned in plan.plan_once(corpus.items, buckets, config):
-    batch = corpus.load(planned, steps, lambda key, _: plan.generator(key))
+    own = plan.of_host(planned, host_index=host_index, num_hosts=num_hosts)
+    batch = corpus.load(own, steps, lambda key, _: plan.generator(key))
     yield batch, planned.indices

@@ -190,6 +190,12 @@ def make_buckets(
   return buckets
 
 
+def padded(bucket: Bucket, multiple: int) -> Bucket:
+  """The bucket with as many empty rows as make B a multiple."""
+  size = _round_up(bucket.batch_size, multiple)
+  return dataclasses.replace(bucket, batch_size=size)
+
+
 def _batch_sizes(
   bounds: Sequence[int], config: config_lib.DataConfig
 ) -> list[int]:

@@ -1,7 +1,7 @@
 """Measures speed with random weights: no data needed.
 
   python -m experiments.benchmark --configs=dense_225m,moe_1b \
-    --tasks=greedy,rescore,stream,train,search,moe,data --seconds=10 --threads=2
+    --tasks=greedy,rescore,rescoring,stream,train,search,moe,data,wait --seconds=10 --threads=2
 
 One JSON object a line; warm, medians, compilation apart.
 """

@@ -4,18 +4,21 @@
     --mode=attention_rescoring --chunk_size=16 --out=FILE
 
 A run that was stopped goes on where it was. Several processes share the work
-with --shard=0/2 and --shard=1/2, the same --out on a disk they all see; the
-last to finish writes it. The last line printed is one JSON object with the
-scores.
+under srun, or with --shard=0/2 and --shard=1/2, and the same --out on a disk
+they all see; the last to finish writes it. All devices of a process share each
+batch. The last line printed is one JSON object with the scores.
 """
 
 import json
+import os
 from typing import Any
 
 from absl import flags
+from absl import logging
 
 from experiments.wiring import command
 from experiments.wiring import decode_flags
+from experiments.wiring import hosts
 
 _CHECKPOINT = flags.DEFINE_string(
   'checkpoint',
@@ -41,13 +44,23 @@ _FORMAT = flags.DEFINE_enum(
 _SHARD = flags.DEFINE_string(
   'shard',
   None,
-  'I/N: decode part I (0 to N-1) of the utterances. Default: the process index '
-  'under jax.distributed, else everything.',
+  'I/N: decode part I (0 to N-1) of the utterances. Default: what SLURM, JAX or '
+  'TPU variables say of this process, else everything.',
 )
 _STREAMING = flags.DEFINE_bool(
   'streaming', False, 'Take the cached, chunk-by-chunk path (needs a chunk).'
 )
 decode_flags.define()
+
+
+def _use_own_devices(host: hosts.Hosts) -> None:
+  """Each process works by itself; they meet on the disk only."""
+  import jax
+
+  if not host.coordinator:
+    hosts.initialize(host)  # a TPU starts with all of its hosts or not at all
+  if host.local_device is not None:
+    jax.config.update('jax_cuda_visible_devices', str(host.local_device))
 
 
 def main(_) -> int:
@@ -64,14 +77,20 @@ def main(_) -> int:
   from u2moe_jax.sharding import mesh as mesh_lib
 
   transcripts.require_format(_FORMAT.value, config.mode)
+  host = None
   if _SHARD.value is not None:
     shard = transcripts.Shard.parse(_SHARD.value)
   else:
-    shard = transcripts.Shard(jax.process_index(), jax.process_count())
+    host = hosts.from_environment(os.environ, logging.warning)
+    shard = transcripts.Shard(
+      *((host.process_id, host.num_processes) if host else (0, 1))
+    )
   if shard.count > 1 and _OUT.value is None:
     raise transcripts.TranscriptError(
-      '--shard needs --out, where the parts are put together'
+      'several processes need --out, where their parts are put together'
     )
+  if host is not None:
+    _use_own_devices(host)
   found = directory.find(_CHECKPOINT.value)
   decode_flags.warn(found.description.model, config)
   rate = found.description.features.sample_rate

@@ -11,6 +11,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments.wiring import command
+from experiments.wiring import hosts
 from u2moe_jax import config as config_lib
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -29,6 +30,7 @@ _PROFILE_STEPS = flags.DEFINE_string(
 _LOG_KEYS = flags.DEFINE_bool(
   'log_keys', False, 'Write the utterances of every step to WORKDIR/keys.jsonl.'
 )
+hosts.define_flags()
 
 
 def main(_) -> int:
@@ -36,6 +38,7 @@ def main(_) -> int:
   cache = pathlib.Path(_WORKDIR.value).absolute() / 'cache' / 'jax'
   # JAX reads it when it is imported. A run that continues compiles nothing.
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(cache))
+  hosts.start()
   # Imported here, so that --help and bad flags answer at once.
   from experiments.wiring import training
   from u2moe_jax.training import loop

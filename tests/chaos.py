@@ -21,6 +21,7 @@ import time
 
 ROOT = pathlib.Path(__file__).parents[1]
 _NUM_UTTERANCES = 16
+_STEPS_PER_KILL = 30
 
 
 def write_corpus(folder: pathlib.Path) -> pathlib.Path:
@@ -61,14 +62,20 @@ def train_flags(
   ]
 
 
-def keys_by_step(workdir: pathlib.Path) -> dict[int, list[str]]:
+def keys_by_step(
+  workdir: pathlib.Path, name: str = 'keys.jsonl'
+) -> dict[int, list[str]]:
   """The utterances of each step.
+
+  Args:
+    workdir: of the run.
+    name: of the file; each host has its own.
 
   Raises:
     AssertionError: if a step was done twice, with different utterances.
   """
   found: dict[int, list[str]] = {}
-  for line in (workdir / 'keys.jsonl').read_text('utf-8').splitlines():
+  for line in (workdir / name).read_text('utf-8').splitlines():
     record = json.loads(line)
     step, keys = record['step'], record['keys']
     assert found.setdefault(step, keys) == keys, f'step {step} differs'
@@ -126,23 +133,45 @@ def _last_step(workdir: pathlib.Path) -> int:
   return max(steps, default=0)
 
 
+def _finish(arguments: Sequence[str], folder: pathlib.Path) -> float:
+  """Trains to the end; returns the seconds."""
+  begun = time.monotonic()
+  code = _start(arguments, folder).wait()
+  if code:
+    raise RuntimeError(f'exit code {code}; see {folder / "log.txt"}')
+  return time.monotonic() - begun
+
+
+def _kill_at_first_step(
+  arguments: Sequence[str], folder: pathlib.Path, workdir: pathlib.Path
+) -> float:
+  """Kills a training as soon as it steps; returns the seconds until then."""
+  begun = time.monotonic()
+  process = _start(arguments, folder)
+  while process.poll() is None and not (workdir / 'keys.jsonl').exists():
+    time.sleep(0.01)
+  process.kill()
+  process.wait()
+  return time.monotonic() - begun
+
+
 def run(folder: pathlib.Path, *, kills: int, seed: int) -> list[str]:
   """Does it all in a folder; returns the differences."""
   manifest = write_corpus(folder / 'corpus')
-  long = {'train__num_steps': 300, 'train__save_every': 10}
+  num_steps = _STEPS_PER_KILL * kills
+  long = {'train__num_steps': num_steps, 'train__save_every': 20}
   reference, victim = folder / 'reference', folder / 'victim'
-  begun = time.monotonic()
-  code = _start(train_flags(manifest, reference, **long), folder).wait()
-  if code:
-    raise RuntimeError(f'exit code {code}; see {folder / "log.txt"}')
-  # Once more, for nothing: how long it takes when nothing is compiled.
-  spent = time.monotonic() - begun
-  print(f'undisturbed: {spent:.0f} s', flush=True)
-  rng = random.Random(seed)
+  whole = _finish(train_flags(manifest, reference, **long), folder)
+  print(f'undisturbed: {num_steps} steps in {whole:.1f} s', flush=True)
   arguments = train_flags(manifest, victim, **long)
-  for number in range(1, kills + 1):
+  startup = _kill_at_first_step(arguments, folder, victim)
+  print(f'1: killed at the first step, after {startup:.1f} s', flush=True)
+  # While it starts, or steps, and seldom so late that nothing is left to do.
+  stepping = max(whole - startup, 1.0) * 1.5 / kills
+  rng = random.Random(seed)
+  for number in range(2, kills + 1):
+    delay = rng.uniform(0.3 * startup, startup + stepping)
     process = _start(arguments, folder)
-    delay = rng.uniform(0.1, 0.5) * spent
     try:
       code = process.wait(delay)
       print(f'{number}: ended with {code} before it could be killed')
@@ -153,9 +182,7 @@ def run(folder: pathlib.Path, *, kills: int, seed: int) -> list[str]:
         f'{number}: killed after {delay:.1f} s, at step {_last_step(victim)}',
         flush=True,
       )
-  code = _start(arguments, folder).wait()
-  if code:
-    raise RuntimeError(f'exit code {code}; see {folder / "log.txt"}')
+  _finish(arguments, folder)
   return differences(reference, victim)
 
 

@@ -8,6 +8,9 @@ keys; `from_dict` turns it into these classes, and the library sees only them.
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
+import functools
+import math
+import pathlib
 import re
 import types
 import typing
@@ -18,7 +21,7 @@ from typing import TypeVar
 _T = TypeVar('_T')
 
 RouterType = Literal['topk_softmax', 'softmax_topk']
-Executor = Literal['auto', 'dense', 'capacity', 'blocked', 'ragged']
+Executor = str  # `auto`, or a file in ops/executors
 Subsampling = Literal['conv2d', 'conv2d6', 'conv2d8']
 Position = Literal['rel_pos', 'abs_pos', 'no_pos', 'rope_pos']
 ConvNorm = Literal['layer_norm', 'batch_norm', 'rms_norm']
@@ -79,6 +82,14 @@ def _require_positive(owner: str, **numbers: float) -> None:
     _require(value > 0, f'{owner}.{key} is {value}; it must be positive')
 
 
+@functools.cache
+def executors() -> tuple[str, ...]:
+  """What `moe.executor` may be; each file of ops/executors is one."""
+  folder = pathlib.Path(__file__).parent / 'ops' / 'executors'
+  names = sorted(file.stem for file in folder.glob('[a-z]*.py'))
+  return ('auto', *names)
+
+
 # Feed-forward layers by name: two in an encoder block, one in a decoder's.
 _FFNS = ('macaron', 'final', 'ffn')
 _BLOCKS = re.compile(
@@ -123,7 +134,8 @@ class MoeConfig:
       over the kept ones (U2++ MoE); `softmax_topk` scales each kept expert by
       its probability among all experts (Switch), which top-1 needs to train.
     executor: how a routing plan is carried out (`ops/grouped_matmul.py`).
-    capacity_factor: slots per expert over the even share, for `capacity`.
+    capacity_factor: slots per expert over the even share, for `capacity`,
+      in training only.
     block_size: rows per block for `blocked`.
   """
 
@@ -137,7 +149,11 @@ class MoeConfig:
 
   def __post_init__(self):
     _require_choice('moe', 'router_type', self.router_type, RouterType)
-    _require_choice('moe', 'executor', self.executor, Executor)
+    _require(
+      self.executor in executors(),
+      f'moe.executor is {self.executor!r}; it must be one of '
+      f'{", ".join(executors())}',
+    )
     _require_positive('moe', capacity_factor=self.capacity_factor)
     _require(self.num_experts >= 0, 'moe.num_experts must not be negative')
     self.placed(0, ())  # raises for what cannot be read
@@ -766,6 +782,43 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class EndpointConfig:
+  """Where streams and long recordings are cut into segments; seconds.
+
+  Attributes:
+    silence_after_speech: silence that ends a segment with words in it; 0:
+      never.
+    long_silence: silence that ends a segment, words or none; 0: never.
+    max_seconds: longest segment, whatever is heard.
+    blank_threshold: a frame is silent if its CTC blank has at least this
+      probability.
+  """
+
+  silence_after_speech: float = 1.0
+  long_silence: float = 5.0
+  max_seconds: float = 20.0
+  blank_threshold: float = 0.8
+
+  def __post_init__(self):
+    owner = 'decode.endpoint'
+    for key in ('silence_after_speech', 'long_silence'):
+      value = getattr(self, key)
+      _require(
+        0.0 <= value < math.inf,
+        f'{owner}.{key} is {value}; it must be seconds, or 0 for never',
+      )
+    _require(
+      0.0 < self.max_seconds < math.inf,
+      f'{owner}.max_seconds is {self.max_seconds}; it must be positive',
+    )
+    _require(
+      0.0 < self.blank_threshold <= 1.0,
+      f'{owner}.blank_threshold is {self.blank_threshold}; it must be in '
+      '(0, 1]',
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeConfig:
   """Decoding.
 
@@ -783,6 +836,9 @@ class DecodeConfig:
     hotwords: file of phrases that the prefix beam search is drawn to, one a
       line, a tab and its own score behind it if wanted; empty for none.
     hotword_score: bonus per token of a hotword, a log-prob.
+    whole_seconds: longer recordings are cut into segments before they are
+      decoded, since the cost of one pass grows with the square of its length.
+    endpoint: where streams and long recordings are cut.
   """
 
   mode: DecodingMode = 'attention_rescoring'
@@ -797,6 +853,8 @@ class DecodeConfig:
   batch_seconds: float = 120.0
   hotwords: str = ''
   hotword_score: float = 3.0
+  whole_seconds: float = 60.0
+  endpoint: EndpointConfig = dataclasses.field(default_factory=EndpointConfig)
 
   def __post_init__(self):
     _require_choice('decode', 'mode', self.mode, DecodingMode)
@@ -816,6 +874,7 @@ class DecodeConfig:
       nbest=self.nbest,
       batch_seconds=self.batch_seconds,
       hotword_score=self.hotword_score,
+      whole_seconds=self.whole_seconds,
     )
     _require(
       self.nbest <= self.beam,
@@ -829,6 +888,18 @@ class DecodeConfig:
       self.ctc_weight >= 0.0,
       f'decode.ctc_weight is {self.ctc_weight}; it must not be negative',
     )
+    for key in (
+      'ctc_weight',
+      'length_penalty',
+      'blank_penalty',
+      'batch_seconds',
+      'hotword_score',
+      'whole_seconds',
+    ):
+      value = getattr(self, key)
+      _require(
+        math.isfinite(value), f'decode.{key} is {value}; it must be finite'
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import functools
+import itertools
 import time
 from typing import Any
 
@@ -12,7 +13,7 @@ from u2moe_jax import config as config_lib
 from u2moe_jax.checkpoint import directory
 from u2moe_jax.decoding import batching
 from u2moe_jax.decoding import recognizer as recognizer_lib
-from u2moe_jax.decoding import streaming
+from u2moe_jax.decoding import sessions
 
 
 def _recognizer(
@@ -59,44 +60,46 @@ def run(
     }
 
 
-def _stream(recognizer, samples, chunk_ms: list[float]) -> str:
-  """Streams once, in pieces of a tenth of a second."""
-  chunk_ms.clear()
-  session = streaming.Stream(recognizer)
+def _stream(recognizer, samples, batch: int, step_ms: list[float]) -> int:
+  """Streams once, side by side, in pieces of a tenth of a second."""
+  step_ms.clear()
+  pool = sessions.Sessions(recognizer, slots=batch, endpoints=False)
+  streams = [pool.open() for _ in range(batch)]
   size = recognizer.description.features.sample_rate // 10
   for start in range(0, len(samples), size):
     begun = time.perf_counter()
-    part = session.accept(samples[start : start + size])
-    if part.num_chunks:
-      chunk_ms.append(1000 * (time.perf_counter() - begun))
-  return session.finish().text
+    for stream in streams:
+      stream.feed(samples[start : start + size])
+    if pool.step():
+      step_ms.append(1000 * (time.perf_counter() - begun))
+  return sum(len(stream.finish()) for stream in streams)
 
 
 def stream(options: harness.Options) -> Iterator[dict[str, Any]]:
-  """One stream, chunk 16, 4 chunks of left context."""
+  """Streams in one batch, chunk 16, 4 chunks of left context."""
   settings = config_lib.DecodeConfig(
     mode='ctc_prefix_beam_search', chunk_size=16, left_chunks=4
   )
   for name in options.configs:
     recognizer = _recognizer(name, settings)
     rate = recognizer.description.features.sample_rate
-    for seconds in options.seconds:
+    for seconds, batch in itertools.product(options.seconds, options.batches):
       samples = _noise(seconds, rate)
-      chunk_ms: list[float] = []
+      step_ms: list[float] = []
 
       walls = harness.measure(
-        functools.partial(_stream, recognizer, samples, chunk_ms),
+        functools.partial(_stream, recognizer, samples, batch, step_ms),
         options.repeats,
       )
       yield {
         'bench': 'stream',
         'config': name,
         'dtype': recognizer.description.model.dtype,
-        'batch': 1,
+        'batch': batch,
         'audio_s': seconds,
         **walls,
-        'rtf': round(walls['wall_s'] / seconds, 5),
-        'chunk_ms_p50': round(float(np.percentile(chunk_ms, 50)), 2),
-        'chunk_ms_p95': round(float(np.percentile(chunk_ms, 95)), 2),
+        'rtf': round(walls['wall_s'] / (seconds * batch), 5),
+        'chunk_ms_p50': round(float(np.percentile(step_ms, 50)), 2),
+        'chunk_ms_p95': round(float(np.percentile(step_ms, 95)), 2),
         **harness.model_size(recognizer.description.model),
       }

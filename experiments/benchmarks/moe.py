@@ -1,5 +1,6 @@
 """The MoE layer by executor, against one dense expert."""
 
+from collections.abc import Callable
 from collections.abc import Iterator
 import functools
 from typing import Any
@@ -12,57 +13,121 @@ from u2moe_jax.ops import grouped_matmul
 from u2moe_jax.ops import routing
 
 _WIDTH, _HIDDEN, _EXPERTS, _TOP_K = 640, 2560, 8, 2
-_TOKENS = (16, 64, 249, 996)
-_EXECUTORS = ('dense', 'capacity', 'blocked', 'ragged')
+# A streaming chunk, a few of them, utterances of 10, 40 and 80 seconds; and
+# what an accelerator gets in training.
+_TOKENS = {'cpu': (16, 64, 249, 996, 1992)}
+_TOKENS_ELSEWHERE = (4096, 8192, 16384, 32768)
+_DTYPES = {'cpu': jnp.float32}
+# (executor, layout); only `blocked` makes use of separate weights.
+_CASES = (
+  ('blocked', 'separate'),
+  ('blocked', 'stacked'),
+  ('capacity', 'stacked'),
+  ('capacity_2.0', 'stacked'),
+  ('ragged', 'stacked'),
+  ('dense', 'stacked'),
+  ('tokamax', 'stacked'),
+)
 
 
-def _weights(num_experts: int) -> grouped_matmul.ExpertWeights:
+def _weights(dtype: Any) -> grouped_matmul.ExpertWeights:
   keys = jax.random.split(jax.random.key(0), 2)
+  shape = (_EXPERTS, _WIDTH, _HIDDEN)
+  w_in = 0.04 * jax.random.normal(keys[0], shape, dtype)
+  w_out = 0.02 * jax.random.normal(keys[1], (_EXPERTS, _HIDDEN, _WIDTH), dtype)
   return grouped_matmul.ExpertWeights(
-    w_in=0.04 * jax.random.normal(keys[0], (num_experts, _WIDTH, _HIDDEN)),
-    b_in=jnp.zeros((num_experts, _HIDDEN)),
-    w_out=0.02 * jax.random.normal(keys[1], (num_experts, _HIDDEN, _WIDTH)),
-    b_out=jnp.zeros((num_experts, _WIDTH)),
+    w_in=w_in,
+    b_in=jnp.zeros((_EXPERTS, _HIDDEN), dtype),
+    w_out=w_out,
+    b_out=jnp.zeros((_EXPERTS, _WIDTH), dtype),
   )
 
 
+def _plan(num_tokens: int) -> routing.Routing:
+  logits = jax.random.normal(jax.random.key(1), (num_tokens, _EXPERTS))
+  mask = jnp.ones((num_tokens,), bool)
+  return routing.route(logits, mask, top_k=_TOP_K, router_type='topk_softmax')
+
+
+def _one_expert(x, weights, plan):
+  """A dense layer of the size of an expert: what the ratios refer to."""
+  del plan
+  hidden = jax.nn.silu(x @ weights.w_in + weights.b_in[None])
+  return hidden @ weights.w_out + weights.b_out[None]
+
+
+def _experts(executor: str) -> Callable[..., jax.Array]:
+  name, _, factor = executor.partition('_')
+
+  def forward(x, weights, plan):
+    return grouped_matmul.expert_feed_forward(
+      x,
+      plan,
+      weights,
+      activation=jax.nn.silu,
+      executor=name,
+      capacity_factor=float(factor) if factor else None,
+    ).output
+
+  return forward
+
+
+def _with_backward(forward: Callable[..., jax.Array]) -> Callable[..., Any]:
+  """Gradients by tokens and weights, of a sum that keeps every product."""
+
+  def loss(x, weights, plan):
+    output = forward(x, weights, plan)
+    return jnp.sum(output.astype(jnp.float32) ** 2)
+
+  return jax.grad(loss, argnums=(0, 1))
+
+
+_PASSES: dict[str, Callable[[Any], Any]] = {
+  'forward': lambda forward: forward,
+  'forward_backward': _with_backward,
+}
+
+
 def run(options: harness.Options) -> Iterator[dict[str, Any]]:
-  """Forward passes, 8 experts, top-2, D 640, M 2560."""
-  weights = _weights(_EXPERTS)
+  """8 experts, top-2, D 640, M 2560; one line for each way to compute it.
 
-  def plan(num_tokens: int) -> routing.Routing:
-    logits = jax.random.normal(jax.random.key(1), (num_tokens, _EXPERTS))
-    mask = jnp.ones((num_tokens,), bool)
-    return routing.route(logits, mask, top_k=_TOP_K, router_type='topk_softmax')
+  `ratio_to_dense` is against one dense layer of the size of an expert; 2 is
+  ideal, for top-2. `capacity` has a slot for every token, `capacity_2.0` twice
+  the even share, as in training, and may drop.
+  """
+  platform = jax.default_backend()
+  dtype = _DTYPES.get(platform, jnp.bfloat16)
+  stacked = _weights(dtype)
+  layouts: dict[str, Any] = {
+    'stacked': stacked,
+    'separate': grouped_matmul.separate(stacked),
+  }
+  for num_tokens in _TOKENS.get(platform, _TOKENS_ELSEWHERE):
+    x = jax.random.normal(jax.random.key(2), (num_tokens, _WIDTH), dtype)
+    plan = _plan(num_tokens)
+    # Short calls vary more.
+    repeats = max(options.repeats, 2000 // num_tokens)
+    for name, passes in _PASSES.items():
+      measure = functools.partial(_measure, passes, x, plan, repeats)
+      dense = measure(_one_expert, layouts['separate'][0])['wall_s']
+      for executor, layout in _CASES:
+        record = {
+          'bench': 'moe',
+          'executor': executor,
+          'layout': layout,
+          'tokens': num_tokens,
+          'pass': name,
+          'dtype': jnp.dtype(dtype).name,
+        }
+        try:
+          walls = measure(_experts(executor), layouts[layout])
+        except ValueError as error:  # an optional extra that is not installed
+          yield {**record, 'error': str(error)}
+          continue
+        ratio = round(walls['wall_s'] / dense, 2)
+        yield {**record, **walls, 'ratio_to_dense': ratio}
 
-  @jax.jit
-  def one_expert(x, w):
-    hidden = jax.nn.silu(x @ w.w_in[0] + w.b_in[:1])
-    return hidden @ w.w_out[0] + w.b_out[:1]
 
-  for num_tokens in _TOKENS:
-    x = jax.random.normal(jax.random.key(2), (num_tokens, _WIDTH))
-    one = _weights(1)
-    base = harness.measure(
-      functools.partial(one_expert, x, one), options.repeats
-    )
-    for executor in _EXECUTORS:
-
-      @jax.jit
-      def forward(x, w, p, executor=executor):
-        return grouped_matmul.expert_feed_forward(
-          x, p, w, activation=jax.nn.silu, executor=executor
-        ).output
-
-      routed = plan(num_tokens)
-      walls = harness.measure(
-        functools.partial(forward, x, weights, routed), options.repeats
-      )
-      yield {
-        'bench': 'moe',
-        'executor': executor,
-        'layout': 'stacked',
-        'tokens': num_tokens,
-        **walls,
-        'ratio_to_dense': round(walls['wall_s'] / base['wall_s'], 2),
-      }
+def _measure(passes, x, plan, repeats, forward, weights) -> dict[str, float]:
+  function = jax.jit(passes(forward))
+  return harness.measure(lambda: function(x, weights, plan), repeats)

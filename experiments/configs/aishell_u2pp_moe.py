@@ -8,28 +8,10 @@ Expected: no published figure for the MoE form; the dense form: CER 4.63 % full 
   published figures.
 """
 
+from experiments.configs import aishell_u2pp
 from experiments.configs import base
-from u2moe_jax import config as config_lib
 
 
 def get_config():
   """The experiment."""
-  return base.config_dict(
-    config_lib.Config(
-      model=base.u2pp(
-        num_blocks=12,
-        model_dim=256,
-        num_heads=4,
-        ffn_dim=2048,
-        conv_kernel=8,
-        num_experts=8,
-      ),
-      data=config_lib.DataConfig(
-        batch_frames=60000, max_batch_size=128, num_workers=8
-      ),
-      optimizer=config_lib.OptimizerConfig(
-        learning_rate=1e-3, warmup_steps=25000
-      ),
-      train=config_lib.TrainConfig(num_steps=340000, average_best=30),
-    )
-  )
+  return base.with_experts(aishell_u2pp.get_config(), num_experts=8)

@@ -66,3 +66,17 @@ def u2pp(
       positional_dropout=dropout,
     ),
   )
+
+
+def with_experts(
+  config: ml_collections.ConfigDict, *, num_experts: int
+) -> ml_collections.ConfigDict:
+  """The same with experts in every FFN, each as wide as the dense FFN.
+
+  Args:
+    config: of an experiment; its model may have experts or none.
+    num_experts: experts per layer; 0 makes the model dense.
+  """
+  for part in (config.model.encoder, config.model.decoder):
+    part.moe.num_experts = num_experts
+  return config

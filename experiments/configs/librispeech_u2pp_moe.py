@@ -9,27 +9,9 @@ Expected: no published figure for the MoE form; the dense form: WER 3.32 / 3.80 
 """
 
 from experiments.configs import base
-from u2moe_jax import config as config_lib
+from experiments.configs import librispeech_u2pp
 
 
 def get_config():
   """The experiment."""
-  return base.config_dict(
-    config_lib.Config(
-      model=base.u2pp(
-        num_blocks=12,
-        model_dim=512,
-        num_heads=8,
-        ffn_dim=2048,
-        conv_kernel=31,
-        num_experts=8,
-      ),
-      data=config_lib.DataConfig(
-        token_type='bpe', batch_frames=36000, num_workers=8
-      ),
-      optimizer=config_lib.OptimizerConfig(
-        learning_rate=1e-3, warmup_steps=25000
-      ),
-      train=config_lib.TrainConfig(num_steps=300000, average_best=10),
-    )
-  )
+  return base.with_experts(librispeech_u2pp.get_config(), num_experts=8)

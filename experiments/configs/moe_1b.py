@@ -11,26 +11,9 @@ Expected: no public figure for this shape.
 """
 
 from experiments.configs import base
-from u2moe_jax import config as config_lib
+from experiments.configs import dense_225m
 
 
 def get_config():
   """The experiment."""
-  return base.config_dict(
-    config_lib.Config(
-      model=base.u2pp(
-        num_blocks=15,
-        model_dim=640,
-        num_heads=10,
-        ffn_dim=2560,
-        conv_kernel=15,
-        num_experts=8,
-        vocab_size=8000,
-      ),
-      data=config_lib.DataConfig(batch_frames=36000, num_workers=8),
-      optimizer=config_lib.OptimizerConfig(
-        learning_rate=1e-3, warmup_steps=50000
-      ),
-      train=config_lib.TrainConfig(num_steps=500000, average_best=10),
-    )
-  )
+  return base.with_experts(dense_225m.get_config(), num_experts=8)

@@ -62,7 +62,7 @@ def get_config():
         learning_rate=2e-3, schedule='cosine', warmup_steps=250
       ),
       train=config_lib.TrainConfig(
-        num_steps=2800,
+        num_steps=2700,
         ctc_weight=0.5,
         save_every=200,
         average_best=3,

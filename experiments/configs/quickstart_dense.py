@@ -7,12 +7,10 @@ Hardware: 2 CPU cores, about 15 minutes of training.
 Expected: not measured yet; compare with docs/results.md.
 """
 
+from experiments.configs import base
 from experiments.configs import quickstart
 
 
 def get_config():
   """The experiment."""
-  config = quickstart.get_config()
-  config.model.encoder.moe.num_experts = 0
-  config.model.decoder.moe.num_experts = 0
-  return config
+  return base.with_experts(quickstart.get_config(), num_experts=0)

@@ -30,13 +30,18 @@ def average(
     The steps that were averaged.
 
   Raises:
-    directory.CheckpointError: if there is no such checkpoint.
+    directory.CheckpointError: if there is no such checkpoint, or `out` holds
+      something else.
   """
   workdir = pathlib.Path(workdir).absolute()
+  directory.require_replaceable(out)
   if not (workdir / 'checkpoints').is_dir():
     raise directory.CheckpointError(
       f'{workdir}: no checkpoints here; --workdir is the one of training'
     )
+  wrong = [step for step in steps if not step.isdecimal()]
+  if wrong:
+    raise directory.CheckpointError(f'--steps: {wrong[0]!r} is no number')
   kept = {int(p.name): p for p in directory.step_folders(workdir)}
   store = store_lib.Store(workdir, read_only=True)
   if steps:

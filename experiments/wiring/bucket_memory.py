@@ -13,7 +13,7 @@ from data_pipelines import pipeline
 from data_pipelines import plan
 from experiments.wiring import buckets as buckets_lib
 from experiments.wiring import corpora
-from experiments.wiring import training
+from experiments.wiring import preparing
 from u2moe_jax import config as config_lib
 from u2moe_jax.models import u2
 from u2moe_jax.sharding import mesh as mesh_lib
@@ -57,12 +57,12 @@ def profile(config: config_lib.Config, limit: int) -> Iterator[Size]:
     errors.OutOfMemoryError: if even the smallest batch does not fit.
   """
   config = config_lib.replace(config, 'data.batch_sizes', ())
-  training.check_trainable(config)
+  preparing.check_trainable(config)
   mesh = mesh_lib.make_mesh(config.mesh)
   multiple = placement.batch_parts(mesh, rules.STANDARD)
   mixture = corpora.open_data(config, config.data.train)
   tokenizer = corpora.first_tokenizer(config.data, mixture)
-  config = training.resolve(config, tokenizer)
+  config = preparing.resolve(config, tokenizer)
   corpus = corpora.make_corpus(config, mixture, tokenizer)
   batches = pipeline.TrainBatches(
     corpus, seed=config.train.seed, multiple=multiple

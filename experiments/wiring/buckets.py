@@ -191,8 +191,9 @@ def _try(
 def shapes_of(
   arrays: Sequence[Mapping[str, np.ndarray]],
 ) -> list[programs_lib.Shape]:
-  """The different shapes of host batches."""
-  shapes = (
+  """The different shapes of batches, of which each host has its rows."""
+  shapes = dict.fromkeys(
     programs_lib.Shape.of(each['features'], each['labels']) for each in arrays
   )
-  return list(dict.fromkeys(shapes))
+  hosts = jax.process_count()
+  return [dataclasses.replace(each, rows=hosts * each.rows) for each in shapes]

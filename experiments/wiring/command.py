@@ -27,6 +27,8 @@ def run(main: Callable[[list[str]], int | None]) -> None:
   line and exits with BAD_INPUT, an `OSError` with NO_SPACE, a training that
   gives up with GAVE_UP; anything else is a defect and keeps its traceback.
   """
+  logging.get_absl_logger().addFilter(_is_worth_telling)
+  sys.unraisablehook = _tell_unraisable
   app.run(lambda argv: guarded(main, argv), flags_parser=parse_flags)
 
 
@@ -34,8 +36,6 @@ def guarded(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
   """Calls main and turns errors about input into a line and a code."""
   if not any(arg.startswith(('--verbosity', '-v')) for arg in sys.argv):
     logging.set_verbosity(logging.WARNING)  # Orbax tells a lot at INFO
-    logging.get_absl_logger().addFilter(_is_no_repetition)
-    sys.unraisablehook = _tell_unraisable
   try:
     return main(argv) or OK
   except ValueError as error:
@@ -46,14 +46,16 @@ def guarded(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
     return _complain(error, GAVE_UP)
 
 
-def _is_no_repetition(record: Any) -> bool:
-  """Drops tracebacks of failed saves from threads of Orbax.
+def _is_worth_telling(record: Any) -> bool:
+  """Drops what Orbax says of failed saves and of runs without a dev set.
 
-  The store raises the same error where it can be handled, and it is told then.
+  The store raises the same errors where they can be handled, and they are told
+  then, in one line.
   """
-  return (
-    record.levelno < standard_logging.ERROR or '/orbax/' not in record.pathname
-  )
+  if '/orbax/' not in record.pathname:
+    return True
+  is_error = record.levelno >= standard_logging.ERROR
+  return not is_error and 'tracked_metric' not in str(record.msg)
 
 
 def _tell_unraisable(error: Any) -> None:

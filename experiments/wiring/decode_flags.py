@@ -44,6 +44,35 @@ def define(*, mode: str = _DEFAULT.mode, chunk_size: int = -1) -> None:
   flags.DEFINE_float(
     'hotword_score', _DEFAULT.hotword_score, 'Bonus per token of a hotword.'
   )
+  flags.DEFINE_float(
+    'whole_seconds',
+    _DEFAULT.whole_seconds,
+    'Longer recordings are cut into segments before they are decoded.',
+  )
+  _define_endpoint()
+
+
+def _define_endpoint() -> None:
+  """Flags of the rules that cut streams and long recordings."""
+  rules = _DEFAULT.endpoint
+  flags.DEFINE_float(
+    'silence_after_speech',
+    rules.silence_after_speech,
+    'Seconds of silence that end a segment with words in it; 0: never.',
+  )
+  flags.DEFINE_float(
+    'long_silence',
+    rules.long_silence,
+    'Seconds of silence that end a segment, words or none; 0: never.',
+  )
+  flags.DEFINE_float(
+    'max_segment_seconds', rules.max_seconds, 'Longest segment.'
+  )
+  flags.DEFINE_float(
+    'blank_threshold',
+    rules.blank_threshold,
+    'Blank probability from which on a frame is silent.',
+  )
 
 
 def config() -> config_lib.DecodeConfig:
@@ -66,6 +95,13 @@ def config() -> config_lib.DecodeConfig:
     batch_seconds=values.batch_seconds,
     hotwords=values.hotwords,
     hotword_score=values.hotword_score,
+    whole_seconds=values.whole_seconds,
+    endpoint=config_lib.EndpointConfig(
+      silence_after_speech=values.silence_after_speech,
+      long_silence=values.long_silence,
+      max_seconds=values.max_segment_seconds,
+      blank_threshold=values.blank_threshold,
+    ),
   )
 
 

@@ -21,7 +21,8 @@ from experiments.wiring import timing
 from experiments.wiring import transcripts
 from u2moe_jax import config as config_lib
 from u2moe_jax.decoding import recognizer as recognizer_lib
-from u2moe_jax.decoding import streaming
+from u2moe_jax.decoding import sessions
+from u2moe_jax.decoding import transcript as transcript_lib
 from u2moe_jax.frontend import audio
 from u2moe_jax.text import scoring
 
@@ -44,7 +45,7 @@ class Decoded:
   """
 
   utterance: manifest.Utterance
-  transcript: recognizer_lib.Transcript
+  transcript: transcript_lib.Transcript
   seconds: float
   chunk_ms: tuple[float, ...] = ()
 
@@ -86,10 +87,21 @@ class Summary:
 
 @dataclasses.dataclass(frozen=True)
 class _Loaded:
-  """One utterance on its way in: features, or a reason."""
+  """One utterance on its way in: features, or a reason.
+
+  Attributes:
+    index: its place in the source.
+    features: what is encoded; None of what failed, and of long recordings,
+      which are cut into segments first.
+    samples: of a long recording.
+    failed: why its sound cannot be used.
+    sound: seconds of it.
+    work: seconds that were spent on it.
+  """
 
   index: int
   features: np.ndarray | None = None
+  samples: np.ndarray | None = None
   failed: str = ''
   sound: float = 0.0
   work: float = 0.0
@@ -128,6 +140,9 @@ def decode(
       yield [_failed(source, item) for item in loaded if item.failed]
       usable = [item for item in loaded if item.features is not None]
       yield from _decode_group(recognizer, source, usable)
+      for item in loaded:
+        if item.samples is not None:
+          yield [_decode_long(recognizer, source, item, item.samples)]
 
 
 def _load_all(load, indices) -> list[_Loaded]:
@@ -151,13 +166,29 @@ def _decode_group(recognizer, source, loaded):
     ]
 
 
+def _decode_long(recognizer, source, item, samples) -> transcripts.Entry:
+  """A recording that is cut into segments; timed once, it takes long enough."""
+  (transcript,), seconds = _timed(
+    functools.partial(recognizer.transcribe_batch, [samples])
+  )
+  return transcripts.Entry(
+    index=item.index,
+    key=source.utterances[item.index].key,
+    transcript=transcript,
+    sound=item.sound,
+    work=seconds,
+  )
+
+
 def _load(recognizer, source, index) -> _Loaded:
   try:
     samples = source.load(index)
   except audio.AudioError as error:
     return _Loaded(index, failed=f'{error.reason}: {error}')
-  features, seconds = _timed(functools.partial(recognizer.features, samples))
   sound = _seconds(recognizer, samples)
+  if sound > recognizer.config.whole_seconds:
+    return _Loaded(index, samples=samples, sound=sound)
+  features, seconds = _timed(functools.partial(recognizer.features, samples))
   return _Loaded(index, features, sound=sound, work=seconds)
 
 
@@ -175,7 +206,10 @@ def decode_streaming(
   source: sources.Source,
   indices: Sequence[int],
 ) -> Iterator[list[transcripts.Entry]]:
-  """Decodes utterances chunk by chunk through the cached streaming path."""
+  """Decodes utterances chunk by chunk through the cached streaming path.
+
+  Those longer than `whole_seconds` are cut into segments on the way.
+  """
   for index in indices:
     key = source.utterances[index].key
     try:
@@ -184,8 +218,10 @@ def decode_streaming(
       reason = f'{error.reason}: {error}'
       yield [transcripts.Entry(index, key, None, failed=reason)]
       continue
-    result, seconds = timing.warm(
-      functools.partial(_stream, recognizer, samples)
+    is_long = _seconds(recognizer, samples) > recognizer.config.whole_seconds
+    time_it = _timed if is_long else timing.warm
+    result, seconds = time_it(
+      functools.partial(_stream, recognizer, samples, endpoints=is_long)
     )
     transcript, chunk_ms = result
     yield [
@@ -200,17 +236,24 @@ def decode_streaming(
     ]
 
 
-def _stream(recognizer, samples):
+def _stream(recognizer, samples, *, endpoints: bool):
   """Feeds one waveform piece by piece; times the calls that ran a chunk."""
-  stream = streaming.Stream(recognizer)
+  pool = sessions.Sessions(recognizer, slots=1, endpoints=endpoints)
+  stream = pool.open()
   size = int(_PIECE_SECONDS * recognizer.description.features.sample_rate)
-  chunk_ms = []
+  chunk_ms: list[float] = []
+  segments: list[transcript_lib.Segment] = []
   for start in range(0, len(samples), size):
     piece = samples[start : start + size]
     part, seconds = _timed(functools.partial(stream.accept, piece))
+    segments += part.segments
     if part.num_chunks:
       chunk_ms.append(1000 * seconds / part.num_chunks)
-  return stream.finish(), tuple(chunk_ms)
+  segments += stream.finish()
+  if endpoints:
+    return transcript_lib.join(segments), tuple(chunk_ms)
+  whole = segments[0].transcript if segments else transcript_lib.empty()
+  return whole, tuple(chunk_ms)
 
 
 def _timed(function: Callable[[], Any]) -> tuple[Any, float]:

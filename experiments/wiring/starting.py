@@ -15,6 +15,7 @@ from u2moe_jax import config as config_lib
 from u2moe_jax.array_types import PyTree
 from u2moe_jax.checkpoint import contents
 from u2moe_jax.checkpoint import directory
+from u2moe_jax.checkpoint import processes
 from u2moe_jax.checkpoint import store as store_lib
 from u2moe_jax.sharding import placement
 from u2moe_jax.text import tokenizer as tokenizer_lib
@@ -45,7 +46,7 @@ def restore(
   )
   if restored is None:
     return None
-  print(f'continuing at step {restored.step}', flush=True)
+  processes.say(f'continuing at step {restored.step}')
   params, opt_state = optimizer_lib.swap_average(
     restored.params, restored.opt_state
   )

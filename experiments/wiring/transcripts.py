@@ -23,7 +23,7 @@ import urllib.parse
 
 import numpy as np
 
-from u2moe_jax.decoding import recognizer as recognizer_lib
+from u2moe_jax.decoding import transcript as transcript_lib
 from u2moe_jax.text import captions
 from u2moe_jax.text import words as words_lib
 
@@ -83,7 +83,7 @@ class Entry:
 
   index: int
   key: str
-  transcript: recognizer_lib.Transcript | None
+  transcript: transcript_lib.Transcript | None
   failed: str = ''
   sound: float = 0.0
   work: float = 0.0
@@ -230,7 +230,7 @@ def _from_line(line: bytes) -> Entry:
 
 
 def to_record(
-  key: str, transcript: recognizer_lib.Transcript
+  key: str, transcript: transcript_lib.Transcript
 ) -> dict[str, Any]:
   """A transcript as JSON values, from which `from_record` makes it again."""
   record: dict[str, Any] = {
@@ -246,6 +246,15 @@ def to_record(
     record['token_confidence'] = list(map(_number, transcript.token_confidence))
   if transcript.words:
     record['words'] = [to_word(word) for word in transcript.words]
+  if transcript.segments:
+    record['segments'] = [
+      {
+        'start': round(span.start, 3),
+        'end': round(span.end, 3),
+        'text': span.text,
+      }
+      for span in transcript.segments
+    ]
   if len(transcript.nbest) > 1:
     record['nbest'] = [
       {'text': a.text, 'tokens': list(a.tokens), 'score': _number(a.score)}
@@ -266,10 +275,10 @@ def to_word(word: words_lib.TimedWord) -> dict[str, Any]:
   return record
 
 
-def from_record(record: Mapping[str, Any]) -> recognizer_lib.Transcript:
+def from_record(record: Mapping[str, Any]) -> transcript_lib.Transcript:
   """Reads what `to_record` made."""
   best = {name: record[name] for name in ('text', 'tokens', 'score')}
-  return recognizer_lib.Transcript(
+  return transcript_lib.Transcript(
     text=record['text'],
     tokens=tuple(record['tokens']),
     score=_value(record['score'], -np.inf),
@@ -277,7 +286,7 @@ def from_record(record: Mapping[str, Any]) -> recognizer_lib.Transcript:
     confidence=record.get('confidence'),
     margin=_value(record['margin'], np.inf),
     nbest=tuple(
-      recognizer_lib.Alternative(
+      transcript_lib.Alternative(
         each['text'], tuple(each['tokens']), _value(each['score'], -np.inf)
       )
       for each in record.get('nbest', [best])
@@ -288,6 +297,10 @@ def from_record(record: Mapping[str, Any]) -> recognizer_lib.Transcript:
         each['word'], each['start'], each['end'], each.get('confidence')
       )
       for each in record.get('words', ())
+    ),
+    segments=tuple(
+      transcript_lib.Span(each['start'], each['end'], each['text'])
+      for each in record.get('segments', ())
     ),
   )
 

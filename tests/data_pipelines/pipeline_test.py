@@ -472,6 +472,26 @@ def test_what_cannot_be_used_is_left_out_and_named(folder, tmp_path):
     _corpus(folder, strict)
 
 
+def test_another_mesh_goes_on_with_the_same_batches(corpus):
+  """A run keeps its buckets; what does not divide has empty rows behind it."""
+  first = pipeline.TrainBatches(corpus, seed=3)
+  buckets = first.planned_buckets
+  assert buckets == first.buckets
+  size = 2 * max(bucket.batch_size for bucket in buckets) + 1
+  other = pipeline.TrainBatches(corpus, seed=3, multiple=size, buckets=buckets)
+  assert other.epochs_together == first.epochs_together
+  for number in range(_epoch_length(first) + 1):
+    expected, batch = first[number], other[number]
+    assert batch.keys == expected.keys
+    rows = len(expected.arrays['weights'])
+    for name, array in batch.arrays.items():
+      assert len(array) == size
+      np.testing.assert_array_equal(array[:rows], expected.arrays[name])
+    assert not batch.arrays['weights'][rows:].any()
+  fresh = pipeline.TrainBatches(corpus, seed=3, multiple=size)
+  assert fresh[0].keys != first[0].keys
+
+
 def test_evaluation_is_plain_and_complete(corpus):
   buckets = pipeline.TrainBatches(corpus, seed=3).buckets
   runs = [
@@ -482,3 +502,19 @@ def test_evaluation_is_plain_and_complete(corpus):
     assert a.keys == tuple(corpus.items[i].key for i in indices)
   seen = sorted(i for _, indices in runs[0] for i in indices)
   assert seen == list(range(_COUNT))
+
+
+def test_hosts_share_an_evaluation(corpus):
+  buckets = pipeline.TrainBatches(corpus, seed=3, multiple=2).buckets
+  whole = list(pipeline.evaluation_batches(corpus, buckets=buckets))
+  hosts = [
+    pipeline.evaluation_batches(
+      corpus, buckets=buckets, host_index=host, num_hosts=2
+    )
+    for host in range(2)
+  ]
+  for (batch, indices), *parts in zip(whole, *hosts, strict=True):
+    assert all(part_indices == indices for _, part_indices in parts)
+    for name, array in _joined([part for part, _ in parts]).items():
+      np.testing.assert_array_equal(array, batch.arrays[name])
+    assert not set(parts[0][0].keys) & set(parts[1][0].keys)

@@ -149,9 +149,3 @@ def test_it_ends_before_training_if_asked(
     assert word in str(error.value)
   assert len(_lines(tmp_path / 'skipped.jsonl')) == 120
   assert not (tmp_path / 'config.json').exists()
-
-
-def test_it_ends_in_training_when_it_becomes_too_much(manifest, tmp_path):
-  config = _config(manifest, **{'data.max_skipped': 0.15})
-  with pytest.raises(skips.BadDataError, match=r'1[5-9]. of 1000.* not_finite'):
-    training.train(config, tmp_path)

@@ -114,6 +114,7 @@ def test_a_newer_model_directory_is_refused(manifest, tmp_path):
     ('--chunk_size=-7', 'chunk_size'),
     ('--mode=x', 'mode'),
     ('--beam=0', 'beam'),
+    ('--max_segment_seconds=0', 'decode.endpoint.max_seconds'),
   ],
 )
 def test_decode_names_a_bad_flag(flag, word, manifest, tmp_path):
@@ -126,6 +127,21 @@ def test_decode_names_a_bad_flag(flag, word, manifest, tmp_path):
   assert code == command.BAD_INPUT
   assert len(lines) == 1
   assert word in lines[0]
+
+
+def test_several_processes_need_a_place_to_meet(
+  manifest, tmp_path, monkeypatch
+):
+  monkeypatch.setenv('JAX_COORDINATOR_ADDRESS', 'localhost:1')
+  monkeypatch.setenv('JAX_NUM_PROCESSES', '2')
+  monkeypatch.setenv('JAX_PROCESS_ID', '1')
+  code, lines = _run(
+    'experiments.decode', f'--checkpoint={tmp_path}', f'--manifest={manifest}'
+  )
+  assert code == command.BAD_INPUT
+  assert lines == [
+    'error: several processes need --out, where their parts are put together'
+  ]
 
 
 def test_a_defect_keeps_its_traceback():

@@ -23,6 +23,8 @@ def folder(tmp_path_factory):
     'JAX_PLATFORMS': 'cpu',
     'JAX_COMPILATION_CACHE_DIR': str(path / 'cache'),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    # Most of the time goes into compiling, and what runs is small.
+    'XLA_FLAGS': '--xla_backend_optimization_level=0',
     'U2MOE_TYPECHECK': '0',
   }
   result = subprocess.run(
@@ -116,6 +118,8 @@ def test_an_evaluation_is_interrupted_and_done_later(folder, codes):
   assert 'step 6/12 | evaluation stopped' in log
   assert 'step 6/12 | dev loss' not in log
   assert 'wrote' in log  # the model of what there is
+  last = log.strip().splitlines()[-1]
+  assert last == 'stopped by SIGTERM at step 6; the same command continues'
   assert 'step 6/12 | dev loss' in _log(folder, 'kill_in_step_8')
 
 
@@ -129,6 +133,38 @@ def test_an_older_checkpoint_replaces_a_damaged_one(folder, codes):
   aside = victim / 'unreadable_checkpoints' / '6'
   assert (aside / 'params').is_dir()
   assert _kept(victim) == _kept(folder / 'reference')
+
+
+def test_two_hosts_go_on_where_one_stopped(folder, codes):
+  assert [codes[name] for name in ('alone', 'pair_0', 'pair_1')] == [0, 0, 0]
+  assert 'continuing at step 3' in _log(folder, 'pair_0')
+  assert 'step 6/6' not in _log(folder, 'pair_1')  # it is told once
+  alone, pair = folder / 'alone', folder / 'pair'
+  assert _kept(pair) == _kept(alone) == [3, 6]
+  whole = chaos.keys_by_step(alone)
+  parts = [chaos.keys_by_step(pair, f'keys{n}.jsonl') for n in ('', '.1')]
+  for step in (4, 5, 6):
+    assert parts[0][step] + parts[1][step] == whole[step]
+    assert parts[1][step]
+  lines = [_metrics(workdir, step=6) for workdir in (alone, pair)]
+  for kind, name in [('train', 'loss'), ('dev', 'loss'), ('dev', 'wer')]:
+    values = [line[kind][name] for line in lines]
+    assert values[0] == pytest.approx(values[1], rel=1e-3), name
+  seconds = [_seconds(workdir) for workdir in (alone, pair)]
+  assert seconds[0] == pytest.approx(seconds[1])
+  assert seconds[0] > 1.5 * _seconds(alone, step=3)
+
+
+def _metrics(workdir, *, step):
+  """The last lines of a step, by kind."""
+  lines = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
+  return {line['kind']: line for line in lines if line['step'] == step}
+
+
+def _seconds(workdir, *, step=6):
+  """Sound trained on, as a checkpoint has it."""
+  file = workdir / 'checkpoints' / str(step) / 'progress' / 'metadata'
+  return json.loads(file.read_text())['audio_seconds']
 
 
 def test_a_second_signal_ends_it_at_once():

@@ -13,11 +13,14 @@ import json
 import os
 import pathlib
 import resource
+import shutil
 import signal
+import socket
 import sys
 import traceback
 
 from absl import logging
+import jax
 
 from experiments import train
 from experiments.wiring import command
@@ -103,15 +106,14 @@ def full_disk() -> None:
 _MODULES = (training,)
 
 
-def attempt(
+def start(
   folder: pathlib.Path, name: str, arguments: list[str], patch: Callable
 ) -> int:
-  """Runs the script in a fork; returns its exit code, or minus its signal."""
+  """Starts the script in a fork; returns its process."""
   sys.stdout.flush()
   child = os.fork()
   if child:
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status)
+    return child
   code = 1
   try:
     log = os.open(folder / f'{name}.txt', os.O_CREAT | os.O_WRONLY)
@@ -126,7 +128,39 @@ def attempt(
     traceback.print_exc()
   finally:
     sys.stdout.flush()
+    if jax.distributed.is_initialized():
+      jax.distributed.shutdown()  # as JAX does when a script ends
     os._exit(code)
+
+
+def end(child: int) -> int:
+  """Waits for a process; returns its exit code, or minus its signal."""
+  _, status = os.waitpid(child, 0)
+  return os.waitstatus_to_exitcode(status)
+
+
+def start_hosts(
+  folder: pathlib.Path, name: str, arguments: list[str], *, count: int
+) -> list[int]:
+  """Starts the script as if on several hosts, which are processes here."""
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    address = f'localhost:{free.getsockname()[1]}'
+
+  def join(index):
+    return lambda: jax.distributed.initialize(address, count, index)
+
+  return [
+    start(folder, f'{name}_{index}', arguments, join(index))
+    for index in range(count)
+  ]
+
+
+def forget(workdir: pathlib.Path, step: int) -> None:
+  """Takes a run back to before a step was saved."""
+  shutil.rmtree(workdir / 'checkpoints' / str(step))
+  shutil.rmtree(workdir / 'model')
+  (workdir / 'keys.jsonl').unlink()
 
 
 def truncate_newest(workdir: pathlib.Path) -> int:
@@ -148,9 +182,9 @@ def main(folder: pathlib.Path) -> None:
   manifest = chaos.write_corpus(folder / 'corpus')
   codes: dict[str, int] = {}
 
-  def go(name, workdir, patch):
-    arguments = chaos.train_flags(manifest, folder / workdir)
-    codes[name] = attempt(folder, name, arguments, patch)
+  def go(name, workdir, patch, **changes):
+    arguments = chaos.train_flags(manifest, folder / workdir, **changes)
+    codes[name] = end(start(folder, name, arguments, patch))
 
   go('undisturbed', 'reference', nothing)
   victim = folder / 'victim'
@@ -164,6 +198,22 @@ def main(folder: pathlib.Path) -> None:
     go(patch.__name__, 'victim', patch)
   codes['truncated_step'] = truncate_newest(victim)
   go('after_truncation', 'victim', nothing)
+
+  # Dropout draws other masks on another mesh.
+  plain: dict[str, object] = {
+    f'model__encoder__{kind}dropout': 0.0
+    for kind in ('', 'attention_', 'positional_')
+  }
+  plain['train__num_steps'] = 6
+  go('alone', 'alone', nothing, **plain)
+  shutil.copytree(folder / 'alone', folder / 'pair')
+  forget(folder / 'pair', 6)
+  arguments = chaos.train_flags(
+    manifest, folder / 'pair', mesh__data=2, **plain
+  )
+  hosts = start_hosts(folder, 'pair', arguments, count=2)
+  for index, child in enumerate(hosts):
+    codes[f'pair_{index}'] = end(child)
   text = json.dumps(codes, indent=1)
   (folder / 'attempts.json').write_text(text, encoding='utf-8')
 

@@ -23,6 +23,7 @@ import u2moe_jax
 from u2moe_jax import config as config_lib
 from u2moe_jax.array_types import PyTree
 from u2moe_jax.checkpoint import contents
+from u2moe_jax.checkpoint import processes
 from u2moe_jax.models import u2
 
 FORMAT_VERSION = 1
@@ -87,6 +88,8 @@ def write(
 ) -> None:
   """Writes a model directory; an existing one is replaced at the end.
 
+  With several hosts each must call it, for each has a part of the arrays.
+
   Args:
     path: the folder.
     description: the model.
@@ -94,21 +97,49 @@ def write(
     buffers: buffers.
     tokens: folder of the token table to copy.
     extras: folders to copy beside it, by name; nothing here reads them.
+
+  Raises:
+    CheckpointError: see `require_replaceable`.
   """
   path = pathlib.Path(path).absolute()
+  require_replaceable(path)
   unfinished = path.with_name(path.name + '.unfinished')
-  shutil.rmtree(unfinished, ignore_errors=True)
-  unfinished.mkdir(parents=True)
+  if processes.is_first():
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+  processes.wait(f'begin {path}')
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(
       unfinished / 'params', {'params': params, 'buffers': buffers}
     )
+  if processes.is_first():
+    _write_rest(unfinished, description, tokens, extras or {})
+    _replace(path, unfinished)
+  processes.wait(f'end {path}')
+
+
+def require_replaceable(path: Path) -> None:
+  """Raises CheckpointError for a path that holds anything but a model."""
+  path = pathlib.Path(path)
+  is_other = path.is_dir() and any(path.iterdir())
+  if path.is_file() or (is_other and not (path / 'model.json').is_file()):
+    raise CheckpointError(
+      f'{path}: exists and is no model directory; it is left alone, choose '
+      'another place'
+    )
+
+
+def _write_rest(unfinished, description, tokens, extras) -> None:
+  """Writes all but the arrays."""
   if tokens is not None:
     shutil.copytree(tokens, unfinished / 'tokens')
-  for name, folder in (extras or {}).items():
+  for name, folder in extras.items():
     shutil.copytree(folder, unfinished / name)
   text = json.dumps(_to_json(description), indent=2)
   (unfinished / 'model.json').write_text(text + '\n', encoding='utf-8')
+
+
+def _replace(path: pathlib.Path, unfinished: pathlib.Path) -> None:
   # Renamed, not deleted first: whenever this is cut short, one is whole.
   old = path.with_name(path.name + '.old')
   shutil.rmtree(old, ignore_errors=True)

@@ -11,13 +11,13 @@ from typing import Any
 
 from absl import logging
 import jax
-from jax.experimental import multihost_utils
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from u2moe_jax.array_types import PyTree
 from u2moe_jax.checkpoint import contents
 from u2moe_jax.checkpoint import directory
+from u2moe_jax.checkpoint import processes
 
 _PARAMS, _OPTIMIZER, _PROGRESS = 'params', 'optimizer', 'progress'
 # Where checkpoints go that cannot be read, for whoever wants to save something.
@@ -232,11 +232,10 @@ class Store:
       target,
       instead,
     )
-    if jax.process_index() == 0:
+    if processes.is_first():
       target.parent.mkdir(exist_ok=True)
       (self._folder / str(step)).rename(target)
-    if jax.process_count() > 1:
-      multihost_utils.sync_global_devices(f'set aside {step}')
+    processes.wait(f'set aside {step}')
     self._manager.reload()
 
   def wer(self, step: int) -> float | None:
@@ -246,15 +245,14 @@ class Store:
   def set_wer(self, step: int, wer: float) -> None:
     """Adds the dev WER to a step that was saved without one."""
     self.wait()
-    if jax.process_index() == 0:
+    if processes.is_first():
       unfinished = self._folder / str(step) / 'metrics.unfinished'
       shutil.rmtree(unfinished, ignore_errors=True)
       unfinished.mkdir()
       text = json.dumps({'wer': float(wer)})
       (unfinished / 'metrics').write_text(text, encoding='utf-8')
       unfinished.rename(unfinished.with_name('metrics'))
-    if jax.process_count() > 1:
-      multihost_utils.sync_global_devices(f'set wer {step}')
+    processes.wait(f'set wer {step}')
     self._manager.reload()
 
   def best_steps(self, count: int) -> list[int]:

@@ -104,6 +104,15 @@ def router_margin(
 
 
 @functools.partial(jax.jit, static_argnames='blank_id')
+def silence(
+  encoded: Encoded, *, blank_id: int
+) -> tuple[Float[Array, 'B T'], Bool[Array, 'B T']]:
+  """Probability of the blank, and frames where another token is the best."""
+  best = jnp.argmax(encoded.log_probs, axis=-1)
+  return jnp.exp(encoded.log_probs[..., blank_id]), best != blank_id
+
+
+@functools.partial(jax.jit, static_argnames='blank_id')
 def search_greedy(encoded: Encoded, *, blank_id: int) -> hypotheses.Hypotheses:
   """CTC best path."""
   found = greedy.ctc_greedy_search(
@@ -227,7 +236,7 @@ def search_rescoring(
   *,
   ctc_weight: float,
   reverse_weight: float,
-  num_nodes: int | None = None,
+  rooms: Sequence[int] | None = None,
 ) -> rescoring.Rescored:
   """Scores an n-best list by both decoders, and re-ranks it.
 
@@ -243,44 +252,44 @@ def search_rescoring(
     mask: real frames.
     ctc_weight: see `rescoring.combine`.
     reverse_weight: the same; with 0 the right-to-left decoder is not run.
-    num_nodes: room for nodes, for callers that want one shape whatever comes;
-      None takes the size the list needs.
-
-  Raises:
-    ValueError: if there are more nodes than `num_nodes`.
+    rooms: the rooms for nodes there may be, ascending, for callers that want
+      few shapes whatever comes: a list that fits into none of them is scored
+      hypothesis by hypothesis. None: those of `node_sizes`.
   """
-  forward, backward = None, None
   counts = np.asarray(_count_nodes(nbest)).max(axis=1)  # [2]
+  scores: list[Float[Array, 'B N U1'] | None] = [None, None]
+  margin = nbest.margin
   for reverse in (False, True)[: 1 + (reverse_weight > 0)]:
-    count = int(counts[int(reverse)])
-    size = num_nodes or node_size(count)
-    if count > size:
-      raise ValueError(f'num_nodes={size} is too few; the list has {count}')
-    tree = _build_tree(
-      nbest, sos_id=model.config.sos, reverse=reverse, num_nodes=size
-    )
-    scored = score_tree(model, params, tree, frames, mask, reverse=reverse)
-    forward, backward = (forward, scored) if reverse else (scored, None)
+    size = node_size(int(counts[int(reverse)]), rooms)
+    if size is None:
+      found = score_rows(model, params, nbest, frames, mask, reverse=reverse)
+    else:
+      tree = _build_tree(
+        nbest, sos_id=model.config.sos, reverse=reverse, num_nodes=size
+      )
+      scored = score_tree(model, params, tree, frames, mask, reverse=reverse)
+      found = _read_tree(nbest, scored, reverse=reverse)
+    scores[int(reverse)], margin = found[0], _least(margin, found[1])
   return _combine(
-    nbest,
-    forward,
-    backward,
+    dataclasses.replace(nbest, margin=margin),
+    *scores,
     ctc_weight=ctc_weight,
     reverse_weight=reverse_weight,
   )
 
 
 def node_sizes() -> Iterator[int]:
-  """The rooms for nodes there are: multiples of 64, then four an octave."""
+  """The rooms for nodes there are: multiples of 64, then two an octave."""
   size = 64
   while True:
     yield size
-    size += max(64, 1 << (size.bit_length() - 3))
+    size += max(64, 1 << (size.bit_length() - 2))
 
 
-def node_size(count: int) -> int:
-  """The least room for `count` nodes."""
-  return next(size for size in node_sizes() if size >= count)
+def node_size(count: int, rooms: Sequence[int] | None = None) -> int | None:
+  """The least room for `count` nodes, of `node_sizes` or of some; or None."""
+  sizes = node_sizes() if rooms is None else rooms
+  return next((size for size in sizes if size >= count), None)
 
 
 @struct.dataclass
@@ -363,31 +372,63 @@ def score_tree(
   )
 
 
+_least = jax.jit(jnp.minimum)
+
+
+@functools.partial(jax.jit, static_argnames='reverse')
+def _read_tree(
+  nbest: hypotheses.Hypotheses, scored: TreeScores, *, reverse: bool
+) -> tuple[Float[Array, 'B N U1'], Float[Array, 'B']]:
+  """What a tree says of the hypotheses, as `score_nbest` returns it."""
+  tokens = _in_order(nbest, reverse=reverse)
+  scores = prefix_tree.read(scored.nodes, scored.ends, tokens, nbest.lengths)
+  return scores, scored.margin
+
+
 @functools.partial(jax.jit, static_argnames=('ctc_weight', 'reverse_weight'))
 def _combine(
   nbest: hypotheses.Hypotheses,
-  forward: TreeScores,
-  backward: TreeScores | None,
+  forward: Float[Array, 'B N U1'],
+  backward: Float[Array, 'B N U1'] | None,
   *,
   ctc_weight: float,
   reverse_weight: float,
 ) -> rescoring.Rescored:
-  """Reads the trees, and re-ranks."""
-
-  def read(scored, reverse):
-    tokens = _in_order(nbest, reverse=reverse)
-    return prefix_tree.read(scored.nodes, scored.ends, tokens, nbest.lengths)
-
-  margin = jnp.minimum(nbest.margin, forward.margin)
-  if backward is not None:
-    margin = jnp.minimum(margin, backward.margin)
+  """Re-ranks by the scores of the tokens."""
   return rescoring.combine(
-    dataclasses.replace(nbest, margin=margin),
-    read(forward, False),
-    None if backward is None else read(backward, True),
+    nbest,
+    forward,
+    backward,
     ctc_weight=ctc_weight,
     reverse_weight=reverse_weight,
   )
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames='reverse')
+def score_rows(
+  model: u2.U2MoeModel,
+  params: PyTree,
+  nbest: hypotheses.Hypotheses,
+  frames: Float[Array, 'B T D'],
+  mask: Bool[Array, 'B T'],
+  *,
+  reverse: bool,
+) -> tuple[Float[Array, 'B N U1'], Float[Array, 'B']]:
+  """`score_nbest`, one hypothesis after the other: little memory, any list."""
+
+  def score(hypothesis):
+    tokens, lengths = hypothesis  # [B, U], [B]
+    one = dataclasses.replace(
+      nbest, tokens=tokens[:, None], lengths=lengths[:, None]
+    )
+    scores, margin = score_nbest(
+      model, params, one, frames, mask, reverse=reverse
+    )
+    return scores[:, 0], margin
+
+  by_rank = jnp.swapaxes(nbest.tokens, 0, 1), jnp.swapaxes(nbest.lengths, 0, 1)
+  scores, margins = jax.lax.map(score, by_rank)
+  return jnp.swapaxes(scores, 0, 1), margins.min(axis=0)
 
 
 def score_nbest(

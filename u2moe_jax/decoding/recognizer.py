@@ -15,9 +15,11 @@ from u2moe_jax.array_types import PyTree
 from u2moe_jax.checkpoint import directory
 from u2moe_jax.decoding import alignment
 from u2moe_jax.decoding import batching
+from u2moe_jax.decoding import endpoint
 from u2moe_jax.decoding import hotwords
 from u2moe_jax.decoding import hypotheses
 from u2moe_jax.decoding import programs
+from u2moe_jax.decoding import transcript as transcript_lib
 from u2moe_jax.frontend import audio
 from u2moe_jax.frontend import fbank
 from u2moe_jax.layers import subsampling
@@ -32,48 +34,15 @@ Audio = str | os.PathLike[str] | np.ndarray
 
 # Lists are cut to their longest hypothesis, rounded up to this.
 _TOKEN_STEP = 64
+# To find where a long recording is silent it is heard in windows, of which the
+# edges, with half of their context missing, are not believed.
+_WINDOW_SECONDS = 20.0
+_EDGE_SECONDS = 1.0
+_WINDOWS_AT_ONCE = 64
 
 
 class DecodeError(ValueError):
   """A request the model cannot serve; says what to change."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Alternative:
-  """One entry of an n-best list."""
-
-  text: str
-  tokens: tuple[int, ...]
-  score: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Transcript:
-  """What was heard.
-
-  Attributes:
-    text: the words; token ids where the checkpoint has no token table.
-    tokens: token ids.
-    score: log score of the search (its meaning depends on the mode).
-    times: seconds at which each token ends; empty in `attention` mode, which
-      knows none.
-    confidence: probability per token, geometric mean; rescoring only.
-    token_confidence: probability of each token; rescoring only.
-    words: with start and end; empty where there are no times.
-    margin: smallest gap any decision hung on, of routers and search; near 0
-      another machine may decide otherwise.
-    nbest: the alternatives, best first.
-  """
-
-  text: str
-  tokens: tuple[int, ...]
-  score: float
-  times: tuple[float, ...]
-  confidence: float | None
-  margin: float
-  nbest: tuple[Alternative, ...]
-  token_confidence: tuple[float, ...] = ()
-  words: tuple[words_lib.TimedWord, ...] = ()
 
 
 class Recognizer:
@@ -185,8 +154,8 @@ class Recognizer:
 
   def transcribe(
     self, sound: Audio, *, sample_rate: int | None = None
-  ) -> Transcript:
-    """Transcribes one utterance.
+  ) -> transcript_lib.Transcript:
+    """Transcribes one recording of any length.
 
     Args:
       sound: a file, or samples of shape (samples,) or (samples, channels).
@@ -211,20 +180,114 @@ class Recognizer:
 
   def transcribe_batch(
     self, waveforms: Sequence[np.ndarray]
-  ) -> list[Transcript]:
+  ) -> list[transcript_lib.Transcript]:
     """Transcribes waveforms (as `load` gives them), in their order.
 
     They are sorted by length and padded to few shapes; what one of them gets
-    does not depend on the others.
+    does not depend on the others. Long ones are decoded in `segments`.
     """
-    features = [self.features(waveform) for waveform in waveforms]
-    results: list[Transcript | None] = [None] * len(features)
+    cuts = [self.segments(waveform) for waveform in waveforms]
+    parts = [
+      waveform[start:end]
+      for waveform, cut in zip(waveforms, cuts, strict=True)
+      for start, end in cut
+    ]
+    found = iter(self._transcribe([self.features(part) for part in parts]))
+    return [self._join(cut, found) for cut in cuts]
+
+  def _transcribe(
+    self, features: Sequence[np.ndarray]
+  ) -> list[transcript_lib.Transcript]:
+    results: dict[int, transcript_lib.Transcript] = {}
     for batch in self.batches(features):
-      for index, transcript in zip(
-        batch.indices, self.search(batch), strict=True
-      ):
-        results[index] = transcript
-    return [transcript for transcript in results if transcript is not None]
+      results.update(zip(batch.indices, self.search(batch), strict=True))
+    return [results[index] for index in range(len(features))]
+
+  def _join(
+    self,
+    cut: Sequence[tuple[int, int]],
+    found: Iterator[transcript_lib.Transcript],
+  ) -> transcript_lib.Transcript:
+    """Puts the parts of a recording together, with times of the whole."""
+    if len(cut) == 1:
+      return next(found)
+    rate = self.description.features.sample_rate
+    starts = [start / rate for start, _ in cut]
+    ends = [*starts[1:], cut[-1][1] / rate]
+    return transcript_lib.join(
+      [
+        transcript_lib.Segment(
+          start, end, transcript_lib.shift(next(found), start)
+        )
+        for start, end in zip(starts, ends, strict=True)
+      ]
+    )
+
+  def segments(self, waveform: np.ndarray) -> list[tuple[int, int]]:
+    """Where a recording is cut before it is decoded, in samples.
+
+    One of up to `whole_seconds` is one segment. A longer one is heard in
+    windows first, and cut where `endpoint.cut` says; so the cost of its pass
+    grows with its length, not with the square.
+
+    Returns:
+      (start, end) of each segment. A segment reaches a little into the next,
+      as far as its last encoder frame does.
+    """
+    features = self.description.features
+    whole = len(waveform) <= self.config.whole_seconds * features.sample_rate
+    num_frames = fbank.num_frames(len(waveform), features)
+    if whole or not self.geometry.output_length(num_frames):
+      return [(0, len(waveform))]
+    blank, is_token = self._listen(waveform)
+    cut = endpoint.cut(
+      blank,
+      is_token,
+      self.config.endpoint,
+      frame_seconds=self.frame_seconds,
+    )
+    found = [self.sound_of(start, end) for start, end in cut]
+    return [*found[:-1], (found[-1][0], len(waveform))]
+
+  def sound_of(self, start: int, end: int) -> tuple[int, int]:
+    """Samples [start, end) that make encoder frames [start, end)."""
+    features = self.description.features
+    first = start * self.geometry.rate
+    last = first + self.geometry.window(end - start) - 1
+    shift = features.shift_samples
+    return first * shift, last * shift + features.window_samples
+
+  def _listen(self, waveform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Blank probability of every encoder frame, and which say a token."""
+    num_frames = fbank.num_frames(len(waveform), self.description.features)
+    total = int(self.geometry.output_length(num_frames))
+    edge = round(_EDGE_SECONDS / self.frame_seconds)
+    core = round(_WINDOW_SECONDS / self.frame_seconds) - 2 * edge
+    blank, is_token = np.ones(total, np.float32), np.zeros(total, bool)
+    cores = list(range(0, total, core))
+    for at in range(0, len(cores), _WINDOWS_AT_ONCE):
+      group = cores[at : at + _WINDOWS_AT_ONCE]
+      firsts = [max(first - edge, 0) for first in group]
+      lasts = [min(first + core + edge, total) for first in group]
+      sounds = [
+        slice(*self.sound_of(first, last))
+        for first, last in zip(firsts, lasts, strict=True)
+      ]
+      heard = self._silence([self.features(waveform[s]) for s in sounds])
+      for index, (probability, spoken) in heard:
+        kept = slice(group[index], min(group[index] + core, total))
+        inside = slice(kept.start - firsts[index], kept.stop - firsts[index])
+        blank[kept], is_token[kept] = probability[inside], spoken[inside]
+    return blank, is_token
+
+  def _silence(self, features: Sequence[np.ndarray]):
+    """Yields (index, what `programs.silence` says of its frames)."""
+    blank_id = self.description.model.blank_id
+    for batch in self.batches(features):
+      found = programs.silence(self.encode(batch), blank_id=blank_id)
+      blank, is_token = jax.device_get(found)
+      for row, index in enumerate(batch.indices):
+        yield index, (blank[row], is_token[row])
 
   def features(self, waveform: np.ndarray) -> np.ndarray:
     """Log-mel frames (T_in, F) of a waveform."""
@@ -258,7 +321,9 @@ class Recognizer:
       parts=self._parts,
     )
 
-  def search(self, batch: batching.PaddedBatch) -> list[Transcript]:
+  def search(
+    self, batch: batching.PaddedBatch
+  ) -> list[transcript_lib.Transcript]:
     """Searches one padded batch; one transcript per utterance of it."""
     found = self._search(self.encode(batch))
     return list(itertools.islice(found, len(batch.indices)))
@@ -295,7 +360,9 @@ class Recognizer:
       jax.device_put(batch.lengths, sharding),
     )
 
-  def _search(self, encoded: programs.Encoded) -> Iterator[Transcript]:
+  def _search(
+    self, encoded: programs.Encoded
+  ) -> Iterator[transcript_lib.Transcript]:
     """Searches one encoded batch in the configured mode."""
     config = self.config
     if config.mode == 'attention_rescoring':
@@ -327,8 +394,13 @@ class Recognizer:
     )
 
   def rescore(
-    self, nbest: hypotheses.Hypotheses, frames: jax.Array, mask: jax.Array
-  ) -> Iterator[Transcript]:
+    self,
+    nbest: hypotheses.Hypotheses,
+    frames: jax.Array,
+    mask: jax.Array,
+    *,
+    rooms: Sequence[int] | None = None,
+  ) -> Iterator[transcript_lib.Transcript]:
     """Re-ranks an n-best list by the attention decoders.
 
     Args:
@@ -336,15 +408,18 @@ class Recognizer:
         `ctc_weight` weighs with them).
       frames: encoder frames (B, T, D).
       mask: real frames (B, T).
+      rooms: as in `programs.search_rescoring`, for callers that want one shape
+        whatever comes: then the list is taken as long as it is.
     """
-    # There is room for a token per frame; most of it is empty.
-    longest = int(np.max(np.asarray(nbest.lengths), initial=0))
-    size = -(-max(longest, 1) // _TOKEN_STEP) * _TOKEN_STEP
-    nbest = dataclasses.replace(
-      nbest,
-      tokens=_resize(nbest.tokens, size),
-      times=_resize(nbest.times, size),
-    )
+    if rooms is None:
+      # There is room for a token per frame; most of it is empty.
+      longest = int(np.max(np.asarray(nbest.lengths), initial=0))
+      size = -(-max(longest, 1) // _TOKEN_STEP) * _TOKEN_STEP
+      nbest = dataclasses.replace(
+        nbest,
+        tokens=_resize(nbest.tokens, size),
+        times=_resize(nbest.times, size),
+      )
     rescored = programs.search_rescoring(
       self.model,
       self.params,
@@ -353,6 +428,7 @@ class Recognizer:
       mask,
       ctc_weight=self.config.ctc_weight,
       reverse_weight=self.config.reverse_weight,
+      rooms=rooms,
     )
     confidence = np.asarray(rescored.confidence)[:, 0]
     transcripts = self.read(
@@ -369,7 +445,7 @@ class Recognizer:
     *,
     num_frames: np.ndarray | None = None,
     token_confidence: np.ndarray | None = None,
-  ) -> Iterator[Transcript]:
+  ) -> Iterator[transcript_lib.Transcript]:
     """Turns arrays into transcripts, one per utterance.
 
     Args:
@@ -415,18 +491,22 @@ class Recognizer:
     )
     return tuple(words)
 
-  def _read_row(self, found: hypotheses.Hypotheses, row: int) -> Transcript:
+  def _read_row(
+    self, found: hypotheses.Hypotheses, row: int
+  ) -> transcript_lib.Transcript:
     alternatives = []
     for n in range(min(self.config.nbest, found.lengths.shape[1])):
       if n and not np.isfinite(found.scores[row, n]):
         break
       tokens = found.tokens[row, n, : found.lengths[row, n]].tolist()
       score = float(found.scores[row, n])
-      alternatives.append(Alternative(self.text(tokens), tuple(tokens), score))
+      alternatives.append(
+        transcript_lib.Alternative(self.text(tokens), tuple(tokens), score)
+      )
     best = alternatives[0]
     times = found.times[row, 0, : len(best.tokens)]
     seconds = self.frame_seconds
-    return Transcript(
+    return transcript_lib.Transcript(
       text=best.text,
       tokens=best.tokens,
       score=best.score,

@@ -12,6 +12,7 @@ from u2moe_jax.array_types import typechecked
 from u2moe_jax.config import Activation
 from u2moe_jax.config import MoeConfig
 from u2moe_jax.layers import activations
+from u2moe_jax.layers import expert_parallel
 from u2moe_jax.layers import linear
 from u2moe_jax.ops import grouped_matmul
 from u2moe_jax.ops import routing
@@ -74,7 +75,7 @@ class MoeFeedForward(nn.Module):
       top_k=config.top_k,
       router_type=config.router_type,
     )
-    executed = grouped_matmul.expert_feed_forward(
+    executed = expert_parallel.expert_feed_forward(
       tokens.astype(self.dtype),
       plan,
       self._experts(width),
@@ -88,7 +89,12 @@ class MoeFeedForward(nn.Module):
     margin = routing.margins(logits, top_k=config.top_k)
     shape = (batch, frames, -1)
     stats = MoeStats(
-      summary=routing.routing_stats(logits, plan, dropped=executed.dropped),
+      summary=routing.routing_stats(
+        logits,
+        plan,
+        num_dropped=executed.num_dropped,
+        expert_parts=expert_parallel.expert_parts(),
+      ),
       logits=logits.reshape(shape),
       expert_index=plan.expert_index.reshape(shape),
       expert_weight=plan.weight.reshape(shape),

@@ -43,6 +43,8 @@ class RoutingStats:
     z_loss: mean squared log-sum-exp of the logits (ST-MoE, arXiv 2202.08906,
       equation 5).
     dropped: share of the pairs that found no capacity.
+    most_loaded: pairs of the most loaded device over the even share, where
+      experts are split over devices; 1 if balanced, and where they are not.
   """
 
   load: Float[Array, 'E']
@@ -50,6 +52,7 @@ class RoutingStats:
   balance_loss: Float[Array, '']
   z_loss: Float[Array, '']
   dropped: Float[Array, '']
+  most_loaded: Float[Array, '']
 
 
 @typechecked
@@ -74,7 +77,7 @@ def route(
     The plan.
   """
   num_experts = logits.shape[-1]
-  kept, index = jax.lax.top_k(logits, top_k)  # [S, J]
+  kept, index = _top_k(logits, top_k)  # [S, J]
   if router_type == 'topk_softmax':
     weight = jax.nn.softmax(kept, axis=-1)
   else:
@@ -89,17 +92,44 @@ def route(
   )
 
 
+def _top_k(logits: Array, count: int) -> tuple[Array, Array]:
+  """As `lax.top_k`, of few among few, and each device keeps its tokens.
+
+  The compiler does not split `lax.top_k` over devices: every device would get
+  the logits of all tokens.
+  """
+  left, kept, index = logits, [], []
+  experts = jnp.arange(logits.shape[-1])[None]
+  for _ in range(count):
+    best = jnp.argmax(left, axis=-1)  # the first one of equals
+    is_best = experts == best[:, None]
+    kept.append(jnp.sum(jnp.where(is_best, logits, 0.0), axis=-1))
+    index.append(best)
+    left = jnp.where(is_best, -jnp.inf, left)
+  return jnp.stack(kept, axis=-1), jnp.stack(index, axis=-1)
+
+
 @typechecked
 def routing_stats(
   logits: Float[Array, 'S E'],
   plan: Routing,
   *,
-  dropped: Float[Array, ''] | float = 0.0,
+  num_dropped: Float[Array, ''] | float = 0.0,
+  expert_parts: int = 1,
 ) -> RoutingStats:
-  """Summarises a plan; every number is a mean over valid tokens."""
+  """Summarises a plan; every number is a mean over valid tokens.
+
+  Args:
+    logits: router logits.
+    plan: what was chosen.
+    num_dropped: pairs that found no capacity.
+    expert_parts: over how many devices the experts are split, in order.
+  """
   num_tokens = jnp.maximum(jnp.sum(plan.mask), 1)
+  num_pairs = num_tokens * plan.weight.shape[1]
   chosen = jax.nn.one_hot(plan.expert_index, plan.num_experts)  # [S, J, E]
-  load = jnp.sum(chosen, axis=(0, 1)) / (num_tokens * plan.weight.shape[1])
+  load = jnp.sum(chosen, axis=(0, 1)) / num_pairs
+  device_load = jnp.sum(load.reshape(expert_parts, -1), axis=1)
   log_probs = jax.nn.log_softmax(logits, axis=-1)
   probs = jnp.exp(log_probs)
 
@@ -113,7 +143,8 @@ def routing_stats(
     balance_loss=plan.num_experts
     * jnp.sum(jax.lax.stop_gradient(load) * mean(probs)),
     z_loss=mean(jax.nn.logsumexp(logits, axis=-1) ** 2),
-    dropped=jnp.asarray(dropped, jnp.float32),
+    dropped=jnp.asarray(num_dropped / num_pairs, jnp.float32),
+    most_loaded=jnp.max(device_load) * expert_parts,
   )
 
 
@@ -126,5 +157,5 @@ def margins(logits: Float[Array, 'S E'], *, top_k: int) -> Float[Array, 'S']:
   """
   if top_k == logits.shape[-1]:
     return jnp.full(logits.shape[:1], jnp.inf, logits.dtype)
-  best, _ = jax.lax.top_k(logits, top_k + 1)
+  best, _ = _top_k(logits, top_k + 1)
   return best[:, top_k - 1] - best[:, top_k]

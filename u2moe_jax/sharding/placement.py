@@ -1,5 +1,6 @@
 """From logical names to shardings of states and batches."""
 
+from collections.abc import Mapping
 import math
 from typing import Any
 
@@ -28,24 +29,45 @@ def shardings(
   Raises:
     mesh_lib.MeshError: if a mesh axis does not divide a dimension; names it.
   """
+  problem = misfit(boxed, dict(mesh.shape), rules)
+  if problem is not None:
+    raise mesh_lib.MeshError(f'{problem}; choose another mesh shape')
   specs = nn.get_partition_spec(boxed)
-  result = nn.logical_to_mesh_sharding(specs, mesh, rules)
-  shapes = nn.meta.unbox(boxed)
-  jax.tree_util.tree_map_with_path(_require_divisible, shapes, result)
-  return result
+  return nn.logical_to_mesh_sharding(specs, mesh, rules)
 
 
-def _require_divisible(path: Any, leaf: Any, sharding: Any) -> None:
-  sizes = dict(sharding.mesh.shape)
-  for dimension, names in zip(leaf.shape, sharding.spec, strict=False):
-    names = (names,) if isinstance(names, str) else (names or ())
+def misfit(
+  boxed: PyTree, sizes: Mapping[str, int], rules: rules_lib.Rules
+) -> str | None:
+  """Says which dimension an axis does not divide; None if all are divided.
+
+  Args:
+    boxed: as in `shardings`.
+    sizes: of the axes of the mesh.
+    rules: logical to mesh axes.
+  """
+  specs = nn.get_partition_spec(boxed)
+  found = jax.tree_util.tree_map_with_path(
+    lambda path, leaf, spec: _misfit(path, leaf.shape, spec, sizes, rules),
+    nn.meta.unbox(boxed),
+    specs,
+  )
+  return next(iter(jax.tree.leaves(found)), None)
+
+
+def _misfit(path: Any, shape, spec, sizes, rules) -> str | None:
+  for dimension, logical in zip(shape, spec, strict=False):
+    if logical is None:
+      continue
+    names = rules_lib.mesh_axes(rules, logical)
     parts = math.prod(sizes[name] for name in names)
     if dimension % parts:
-      raise mesh_lib.MeshError(
-        f'mesh axis {"*".join(names)}={parts} does not divide dimension '
-        f'{dimension} of parameter {jax.tree_util.keystr(path)} '
-        f'{tuple(leaf.shape)}; choose another mesh shape'
+      return (
+        f'mesh axis {"*".join(names)}={parts} does not divide the {dimension} '
+        f'of axis {logical!r} of parameter {jax.tree_util.keystr(path)} '
+        f'{tuple(shape)}'
       )
+  return None
 
 
 def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
@@ -63,13 +85,26 @@ def batch_sharding(
 
 def batch_parts(mesh: jax.sharding.Mesh, rules: rules_lib.Rules) -> int:
   """Into how many parts the batch axis is split; it must divide B."""
-  names = dict(rules)[axes.BATCH] or ()
-  names = (names,) if isinstance(names, str) else names
+  names = rules_lib.mesh_axes(rules, axes.BATCH)
   return math.prod(mesh.shape[name] for name in names)
 
 
 def shard_batch(batch: PyTree, sharding: jax.sharding.NamedSharding) -> PyTree:
-  """Places a host batch; each process gives its part of the first axis."""
+  """Places a host batch; each process gives its part of the first axis.
+
+  Raises:
+    mesh_lib.MeshError: if the mesh does not divide the batch.
+  """
+  names = sharding.spec[0] or ()
+  names = (names,) if isinstance(names, str) else names
+  parts = math.prod(sharding.mesh.shape[name] for name in names)
+  for leaf in jax.tree.leaves(batch)[:1]:
+    rows = leaf.shape[0] * jax.process_count()
+    if rows % parts:
+      raise mesh_lib.MeshError(
+        f'mesh axis {"*".join(names)}={parts} does not divide a batch of '
+        f'{rows} utterances'
+      )
   return jax.tree.map(
     lambda x: jax.make_array_from_process_local_data(sharding, x), batch
   )

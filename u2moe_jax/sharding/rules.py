@@ -1,5 +1,7 @@
 """The one table that maps logical axes to mesh axes."""
 
+from collections.abc import Iterable
+
 from u2moe_jax.sharding import axes
 
 Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
@@ -21,3 +23,11 @@ STANDARD: Rules = (
   (axes.CONV_CHANNEL, None),
   (axes.FEATURE, None),
 )
+
+
+def mesh_axes(
+  rules: Iterable[tuple[str, str | tuple[str, ...] | None]], name: str
+) -> tuple[str, ...]:
+  """Axes of the mesh that split a logical axis; empty for none."""
+  names = dict(rules)[name] or ()
+  return (names,) if isinstance(names, str) else tuple(names)

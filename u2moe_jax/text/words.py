@@ -19,6 +19,7 @@ from u2moe_jax.text import units
 _CJK = (
   r'[\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]'
 )
+_BEGINS_IN_CJK = re.compile(_CJK)
 _ENDS_IN_CJK = re.compile(rf'{_CJK}$')
 _WORD = re.compile(rf'{_CJK}|(?:(?!{_CJK})\S)+')
 _BYTE = re.compile(r'<0x([0-9A-F]{2})>')
@@ -56,12 +57,17 @@ def split(text: str) -> list[str]:
 
 
 def join(words: Iterable[str]) -> str:
-  """Puts words together: spaces between them, none between CJK characters."""
-  text = ''
-  for word in words:
-    glued = _ENDS_IN_CJK.search(text) and _ENDS_IN_CJK.fullmatch(word)
-    text += word if glued or not text else f' {word}'
-  return text
+  """Puts words or texts together: spaces between them, none between CJK
+  characters.
+  """
+  parts: list[str] = []
+  for word in filter(None, words):
+    if parts and not (
+      _ENDS_IN_CJK.search(parts[-1]) and _BEGINS_IN_CJK.match(word)
+    ):
+      parts.append(' ')
+    parts.append(word)
+  return ''.join(parts)
 
 
 def group(

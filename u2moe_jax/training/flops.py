@@ -64,6 +64,8 @@ def _of_equation(equation: Any) -> float:
   if name == 'cond':
     return max(count(branch) for branch in params['branches'])
   rounds = params['length'] if name == 'scan' else 1
+  if name == 'shard_map':
+    rounds = params['mesh'].size  # inside stands the part of one device
   inside = (value for value in params.values() if _is_program(value))
   return rounds * sum(count(program) for program in inside)
 

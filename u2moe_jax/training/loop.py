@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from u2moe_jax import config as config_lib
+from u2moe_jax.checkpoint import processes
 from u2moe_jax.checkpoint import store as store_lib
 from u2moe_jax.training import errors
 from u2moe_jax.training import evaluate as evaluate_lib
@@ -101,6 +102,14 @@ class _Window:
   begun: float = dataclasses.field(default_factory=time.monotonic)
 
 
+@dataclasses.dataclass
+class _Rows:
+  """What this host knows of its rows, and the others do not yet."""
+
+  seconds: float = 0.0
+  skipped: list[skips_lib.Skip] = dataclasses.field(default_factory=list)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Dispatched:
   """A step whose results nobody has looked at yet."""
@@ -153,6 +162,7 @@ class Trainer:
     self._pending: _Dispatched | None = None
     self._nonfinite: list[_Dispatched] = []
     self._window = _Window()
+    self._rows = _Rows()
     self._stop = stopping.StopRequest()
     self._idle_experts = idle_experts.IdleExperts(0)
 
@@ -175,6 +185,7 @@ class Trainer:
     reporter = reporter_lib.Reporter(
       self.workdir, start=step, total=self.config.train.num_steps
     )
+    json_lines.forget_torn_line(self._own_path('keys.jsonl'))
     profiler = profiling.Profiler(self.workdir, self.options.profile_steps)
     context = stop or stopping.StopRequest()
     with (
@@ -245,11 +256,13 @@ class Trainer:
     before = time.monotonic()
     host = next(batches)
     self._window.waited += time.monotonic() - before
-    if host.skipped and self.skips is not None:
-      self.skips.add(host.skipped)
+    self._rows.seconds += host.seconds
+    self._rows.skipped += host.skipped
+    if jax.process_count() == 1:
+      self._share_rows()
     if self.options.log_keys:
       record = {'step': step, 'keys': list(host.keys)}
-      json_lines.append(pathlib.Path(self.workdir) / 'keys.jsonl', [record])
+      json_lines.append(self._own_path('keys.jsonl'), [record])
     batch = self.place(host.arrays)
     shape = None
     if self.num_flops is not None:
@@ -257,12 +270,25 @@ class Trainer:
       self._window.num_flops += self.num_flops(shape)
     with _explained(shape):
       self.state, metrics = self.train_step(self.state, batch)
-    self._window.seconds += host.seconds
-    self.counters.audio_seconds += host.seconds
     previous = self._pending
     self._pending = _Dispatched(step, host.keys, shape, metrics)
     if previous is not None:
       self._take(previous)
+
+  def _own_path(self, name: str) -> pathlib.Path:
+    return processes.own_path(pathlib.Path(self.workdir) / name)
+
+  def _share_rows(self) -> None:
+    """Adds up what the hosts know; each must come here behind the same step.
+
+    Every process then has the same counters, and stops for the same reason.
+    """
+    own, self._rows = self._rows, _Rows()
+    seconds = sum(processes.gather(own.seconds))
+    self._window.seconds += seconds
+    self.counters.audio_seconds += seconds
+    if self.skips is not None:
+      self.skips.add(skips_lib.shared(own.skipped))
 
   def _take_pending(self) -> None:
     """Waits for the step that was dispatched last."""
@@ -289,7 +315,7 @@ class Trainer:
 
   def _give_up(self) -> None:
     """Saves which utterances it was, and stops."""
-    path = pathlib.Path(self.workdir) / 'nonfinite.json'
+    path = self._own_path('nonfinite.json')
     batches = [
       {'step': each.step, 'keys': list(each.keys)} for each in self._nonfinite
     ]
@@ -305,6 +331,7 @@ class Trainer:
 
   def _log(self, step: int, reporter: reporter_lib.Reporter) -> None:
     self._take_pending()
+    self._share_rows()
     self.store.check()
     window, self._window = self._window, _Window()
     spent = time.monotonic() - window.begun
@@ -349,6 +376,7 @@ class Trainer:
     return optimizer_lib.swap_average(self.state.params, self.state.opt_state)
 
   def _save(self, step: int, *, wer: float | None = None) -> None:
+    self._share_rows()
     params, opt_state = self._to_decode()
     counters = dataclasses.asdict(self.counters)
     self.store.save(

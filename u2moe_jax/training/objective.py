@@ -226,6 +226,8 @@ def _router_terms(outputs, config):
   results['balance_loss'] = metrics.Mean.of(balance)
   results['z_loss'] = metrics.Mean.of(z_loss)
   results['dropped'] = metrics.Mean.of(mean_over_layers('dropped'))
+  fullest = [jnp.max(s.summary.most_loaded) for s in layers.values()]
+  results['most_loaded_device'] = metrics.Mean.of(jnp.max(jnp.stack(fullest)))
   weighted = config.balance_loss_weight * balance
   return weighted + config.z_loss_weight * z_loss, results
 

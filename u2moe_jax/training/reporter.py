@@ -13,11 +13,12 @@ import numpy as np
 import tensorboardX
 import tqdm
 
+from u2moe_jax.checkpoint import processes
 from u2moe_jax.training import json_lines
 
 
 class Reporter:
-  """Writes metrics of a run; only the first process should make one."""
+  """Writes metrics of a run; with several hosts, on the first one."""
 
   def __init__(
     self, workdir: str | os.PathLike[str], *, start: int, total: int
@@ -29,13 +30,16 @@ class Reporter:
       start: updates done before.
       total: updates to do in all.
     """
+    self._total, self._start = total, start
+    self._begun = time.monotonic()
+    self._bar = None
+    self._is_silent = not processes.is_first()
+    if self._is_silent:
+      return
     workdir = pathlib.Path(workdir)
     json_lines.forget_torn_line(workdir / 'metrics.jsonl')
     self._lines = (workdir / 'metrics.jsonl').open('a', encoding='utf-8')
     self._events = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'))
-    self._total, self._start = total, start
-    self._begun = time.monotonic()
-    self._bar = None
     if sys.stderr.isatty():
       self._bar = tqdm.tqdm(
         initial=start, total=total, unit='step', dynamic_ncols=True
@@ -54,6 +58,8 @@ class Reporter:
       kind: `train` or `dev`.
       values: numbers, or arrays such as expert loads.
     """
+    if self._is_silent:
+      return
     record = {'step': step, 'kind': kind, 'time': round(time.time(), 3)}
     record |= {name: _plain(value) for name, value in values.items()}
     self._lines.write(json.dumps(record) + '\n')
@@ -64,6 +70,8 @@ class Reporter:
 
   def say(self, step: int, text: str) -> None:
     """Prints one line, with the share done and the time left."""
+    if self._is_silent:
+      return
     done = step - self._start
     spent = time.monotonic() - self._begun
     left = spent / done * (self._total - step) if done else math.nan
@@ -76,6 +84,8 @@ class Reporter:
 
   def close(self) -> None:
     """Flushes and closes."""
+    if self._is_silent:
+      return
     if self._bar is not None:
       self._bar.close()
     self._lines.close()

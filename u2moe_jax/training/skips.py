@@ -2,10 +2,12 @@
 
 import collections
 from collections.abc import Iterable
+import dataclasses
 import os
 import pathlib
 from typing import Protocol
 
+from u2moe_jax.checkpoint import processes
 from u2moe_jax.training import json_lines
 
 
@@ -25,6 +27,21 @@ class Skip(Protocol):
     """One line: what, where, and what to do."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Note:
+  """A `Skip` that another process told of."""
+
+  key: str
+  reason: str
+  detail: str
+
+
+def shared(skips: Iterable[Skip]) -> list[Note]:
+  """Those of all processes; each must call it, and gets the same."""
+  own = [(skip.key, skip.reason, skip.detail) for skip in skips]
+  return [Note(*each) for part in processes.gather(own) for each in part]
+
+
 class BadDataError(ValueError):
   """Too much data cannot be used; the message gives the reasons."""
 
@@ -33,7 +50,8 @@ class SkipLog:
   """skipped.jsonl: a line for each utterance that is left out, once.
 
   What is bad is found again in every epoch, and after every restart; it is
-  still one utterance.
+  still one utterance. With several hosts each must be told the same (see
+  `shared`), and the first one writes.
 
   Attributes:
     counts: utterances by reason, all splits.
@@ -61,7 +79,8 @@ class SkipLog:
     self._strict = strict
     self._known: set[tuple[str, str]] = set()
     self.counts: collections.Counter[str] = collections.Counter()
-    json_lines.forget_torn_line(self._path)
+    if processes.is_first():
+      json_lines.forget_torn_line(self._path)
     for record in json_lines.read(self._path):
       self._count(
         record.get('split', ''), record.get('key', ''), record.get('reason', '')
@@ -89,13 +108,14 @@ class SkipLog:
     new = [s for s in skips if self._count(split, s.key, s.reason)]
     if not new:
       return
-    json_lines.append(
-      self._path,
-      [
-        {'key': s.key, 'reason': s.reason, 'detail': s.detail, 'split': split}
-        for s in new
-      ],
-    )
+    if processes.is_first():
+      json_lines.append(
+        self._path,
+        [
+          {'key': s.key, 'reason': s.reason, 'detail': s.detail, 'split': split}
+          for s in new
+        ],
+      )
     self.check(new[0])
 
   def check(self, example: Skip | None = None) -> None:

@@ -79,6 +79,13 @@ class StopRequest:
       os.kill(os.getpid(), signal.SIGTERM)
 
   @property
+  def name(self) -> str:
+    """What asked, in words."""
+    if self.signal is None:
+      return 'another host'
+    return signal.Signals(self.signal).name
+
+  @property
   def is_local(self) -> bool:
     """Whether this process may act on a signal without asking others."""
     return jax.process_count() == 1

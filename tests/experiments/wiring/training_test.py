@@ -1,6 +1,9 @@
 """Training from a config to a model directory, on tones."""
 
+import errno
 import json
+import os
+import tempfile
 
 import jax
 import numpy as np
@@ -8,10 +11,13 @@ import pytest
 
 from data_pipelines import synthetic
 from experiments.configs import tiny
+from experiments.wiring import averaging
+from experiments.wiring import preparing
 from experiments.wiring import training
 from tests.reference import jax_cache
 from u2moe_jax import config as config_lib
 from u2moe_jax.checkpoint import directory
+from u2moe_jax.training import stopping
 
 _CHANGES = {
   'data.num_workers': 1,
@@ -19,6 +25,7 @@ _CHANGES = {
   'data.max_batch_size': 8,
   'mesh.data': 1,
   'model.encoder.num_blocks': 1,
+  'model.encoder.moe.num_experts': 0,
   # CTC alone: the training step of the decoders is compiled elsewhere.
   'model.decoder.num_reverse_blocks': 0,
   'model.decoder.num_blocks': 0,
@@ -104,12 +111,56 @@ def test_the_model_is_the_mean_of_the_averaged_steps(workdir):
   assert found.description.features.num_mel_bins == 20
 
 
+def test_chosen_steps_are_averaged(workdir, tmp_path):
+  kept = sorted(int(p.name) for p in directory.step_folders(workdir))
+  for options, steps in (
+    ({'num': 2, 'by': 'newest'}, kept[:-3:-1]),
+    ({'num': 1, 'by': 'wer', 'steps': [str(kept[0])]}, kept[:1]),
+  ):
+    assert averaging.average(workdir, tmp_path / 'model', **options) == steps
+    found = directory.find(tmp_path / 'model')
+    assert found.description.provenance['averaged_steps'] == steps
+    each = [
+      directory.restore(directory.find(workdir / 'checkpoints' / str(step)))
+      for step in steps
+    ]
+    jax.tree.map(
+      lambda mean, *parts: np.testing.assert_allclose(
+        mean, np.mean(parts, axis=0), atol=1e-6
+      ),
+      directory.restore(found),
+      *each,
+    )
+  with pytest.raises(directory.CheckpointError, match=r'no step \[5\]'):
+    averaging.average(workdir, tmp_path / 'model', num=1, by='wer', steps=['5'])
+  with pytest.raises(directory.CheckpointError, match='no checkpoints here'):
+    averaging.average(tmp_path, tmp_path / 'other', num=1, by='wer')
+  with pytest.raises(directory.CheckpointError, match='it is left alone'):
+    averaging.average(workdir, tmp_path, num=1, by='wer')
+  assert (tmp_path / 'model' / 'model.json').is_file()
+
+
 def test_a_finished_run_says_so_and_does_nothing(workdir, folder, capsys):
   before = (workdir / 'metrics.jsonl').read_bytes()
   config = _config(folder, **{'train.num_steps': 6})
   assert training.train(config, workdir) is True
   assert 'training is done (6 steps)' in capsys.readouterr().out
   assert (workdir / 'metrics.jsonl').read_bytes() == before
+
+
+def test_a_signal_before_the_first_step_is_no_error(
+  folder, tmp_path, monkeypatch
+):
+  """Behind the warm-up, say; then there is nothing to make a model of."""
+
+  def stopped(self, step):
+    assert step == 0
+    return True
+
+  monkeypatch.setattr(stopping.StopRequest, 'asked_after', stopped)
+  assert training.train(_config(folder), tmp_path) is False
+  assert not (tmp_path / 'model').exists()
+  assert list((tmp_path / 'checkpoints').iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -147,17 +198,48 @@ def test_a_key_that_came_later_had_its_default(workdir, folder):
 
 @pytest.mark.parametrize('part', ['encoder', 'decoder'])
 def test_a_router_that_cannot_learn_is_refused(folder, tmp_path, part):
-  config = _config(folder, **{f'model.{part}.moe.top_k': 1})
+  moe = {'num_experts': 4, 'top_k': 1}
+  changes = {f'model.{part}.moe.{key}': value for key, value in moe.items()}
+  config = _config(folder, **changes)
   with pytest.raises(config_lib.ConfigError, match=f'model.{part}.moe.*top_k'):
     training.train(config, tmp_path / 'work')
   assert not (tmp_path / 'work').exists()
   trainable = config_lib.replace(
     config, f'model.{part}.moe.router_type', 'softmax_topk'
   )
-  training.check_trainable(trainable)
+  preparing.check_trainable(trainable)
 
 
 def test_no_data_is_refused(tmp_path):
   config = config_lib.Config()
   with pytest.raises(config_lib.ConfigError, match=r'data\.train is empty'):
     training.train(config, tmp_path / 'work')
+
+
+def test_a_workdir_that_cannot_be_written_is_told(
+  folder, tmp_path, monkeypatch
+):
+  """Permissions do not bind root: a file in the way, and a system that says no."""
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(
+    OSError, match=r'file/work: nothing can be written.*--wor'
+  ):
+    training.train(_config(folder), tmp_path / 'file' / 'work')
+
+  def refuse(**_):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+  monkeypatch.setattr(tempfile, 'TemporaryFile', refuse)
+  with pytest.raises(OSError, match='Read-only file system'):
+    training.train(_config(folder), tmp_path / 'work')
+  assert list((tmp_path / 'work').iterdir()) == []
+
+
+def test_freezing_needs_to_know_what(folder, tmp_path):
+  config = _config(folder, **{'train.freeze_steps': 3})
+  with pytest.raises(config_lib.ConfigError, match=r'needs train\.trainable'):
+    training.train(config, tmp_path / 'work')
+  config = _config(folder, **{'train.trainable': 'norms,gates'})
+  with pytest.raises(config_lib.ConfigError, match="'gates' matches no"):
+    training.train(config, tmp_path / 'work')
+  assert not (tmp_path / 'work').exists()

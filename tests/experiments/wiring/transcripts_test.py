@@ -1,5 +1,6 @@
 """A decoding run: in order, whatever stopped it and however it was shared."""
 
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -14,7 +15,7 @@ from experiments.wiring import decoding
 from experiments.wiring import transcripts
 from u2moe_jax import config as config_lib
 from u2moe_jax.decoding import batching
-from u2moe_jax.decoding import recognizer as recognizer_lib
+from u2moe_jax.decoding import transcript as transcript_lib
 from u2moe_jax.frontend import audio
 from u2moe_jax.text import words
 
@@ -69,10 +70,19 @@ class Recognizer:
     rows = batch.features[: len(batch.indices), 0, 0].astype(int).tolist()
     return list(map(_transcript, rows))
 
+  def transcribe_batch(self, sounds):
+    return [
+      dataclasses.replace(
+        _transcript(int(sound[0])),
+        segments=(transcript_lib.Span(0.0, 1.0, 'W'),),
+      )
+      for sound in sounds
+    ]
+
 
 def _transcript(number):
-  best = recognizer_lib.Alternative(f'W{number}', (number,), -0.5)
-  return recognizer_lib.Transcript(
+  best = transcript_lib.Alternative(f'W{number}', (number,), -0.5)
+  return transcript_lib.Transcript(
     text=best.text,
     tokens=best.tokens,
     score=-0.5,
@@ -123,6 +133,20 @@ def test_seconds_are_seconds_at_any_rate(rate):
     else:
       duration = source.utterances[entry.index].duration
       assert entry.sound == pytest.approx(duration * 16000 / rate)
+
+
+def test_long_recordings_are_cut_whatever_their_list_says(tmp_path):
+  out = tmp_path / 'text.jsonl'
+  source = Source()
+  decoding.run(Recognizer(whole_seconds=3.5), source, out=out)
+  lines = [json.loads(line) for line in out.read_text().splitlines()]
+  for line in lines:
+    long = source.utterances[int(line['key'][1:])].duration > 3.5
+    assert ('segments' in line) == long
+    assert transcripts.from_record(line).segments == (
+      (transcript_lib.Span(0.0, 1.0, 'W'),) if long else ()
+    )
+  assert _keys(out) == EXPECTED
 
 
 def test_a_stopped_run_goes_on_behind_the_last_whole_line(tmp_path):

@@ -6,13 +6,16 @@ import json
 import jax
 import numpy as np
 import pytest
+import soundfile
 
+from experiments.wiring import receipt
 from experiments.wiring import upcycling
 from tests.reference import tiny
 from u2moe_jax import config as config_lib
 from u2moe_jax.checkpoint import contents
 from u2moe_jax.checkpoint import directory
 from u2moe_jax.checkpoint import single
+from u2moe_jax.interop import wenet
 from u2moe_jax.training import upcycling as upcycling_lib
 
 _CONFIG = tiny.model_config(
@@ -156,3 +159,31 @@ def test_one_array_at_a_time(dense):
   assert read.shapes[path] == expected.shape
   with pytest.raises(contents.CheckpointError, match="no array 'params/nope'"):
     read('params/nope')
+
+
+def test_a_manifest_gives_its_first_usable_utterances(tmp_path):
+  rng = np.random.default_rng(0)
+  entries = [{'key': 'missing', 'wav': 'no.wav', 'txt': 'A'}]
+  for name, seconds in (('short', 0.03), ('one', 0.5), ('two', 0.8), ('x', 1)):
+    samples = 0.1 * rng.normal(size=int(16000 * seconds))
+    soundfile.write(tmp_path / f'{name}.wav', samples, 16000)
+    entries.append({'key': name, 'wav': f'{name}.wav', 'txt': 'A'})
+  manifest = tmp_path / 'manifest.jsonl'
+  manifest.write_text(''.join(json.dumps(each) + '\n' for each in entries))
+  description = directory.Description(
+    _CONFIG, config_lib.FeatureConfig(num_mel_bins=tiny.BINS)
+  )
+  probe = receipt.manifest_probe(str(manifest), description, num_utterances=2)
+  assert probe.lengths.tolist() == [48, 78]
+  assert probe.features.shape == (2, 78, tiny.BINS)
+  assert not probe.features[0, 48:].any()
+  manifest.write_text(json.dumps(entries[0]) + '\n')
+  with pytest.raises(ValueError, match='no utterance has usable sound'):
+    receipt.manifest_probe(str(manifest), description, num_utterances=2)
+
+
+def test_wenet_has_no_such_models():
+  config = tiny.model_config(tiny.moe(where='final'), decoders=0)
+  features = config_lib.FeatureConfig(num_mel_bins=tiny.BINS)
+  with pytest.raises(wenet.WenetError, match='encoder.moe.where=final'):
+    wenet.to_yaml(config, features)

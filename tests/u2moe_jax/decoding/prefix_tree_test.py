@@ -71,7 +71,7 @@ def test_scores_are_read_where_they_were_written():
 
 
 @pytest.mark.parametrize(
-  ('count', 'size'), [(1, 64), (64, 64), (65, 128), (448, 448), (513, 640)]
+  ('count', 'size'), [(1, 64), (64, 64), (65, 128), (448, 512), (513, 768)]
 )
 def test_rooms_are_few_and_hold_what_they_must(count, size):
   assert programs.node_size(count) == size
@@ -141,9 +141,10 @@ def test_the_tree_scores_as_the_rows_do(case, reverse_weight):
   compare = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5)
   jax.tree.map(compare, tree, rows)
   assert np.isfinite(tree.margin).all()
-  jax.tree.map(compare, case.by_tree(reverse_weight, num_nodes=16), tree)
-  with pytest.raises(ValueError, match='num_nodes=5'):
-    case.by_tree(reverse_weight, num_nodes=5)
+  # Of given rooms one is taken, or, where none is large enough, the rows.
+  for rooms in ((5, 16), (5,)):
+    other = case.by_tree(reverse_weight, rooms=rooms)
+    jax.tree.map(compare, other, tree)
 
 
 def test_a_node_that_sees_more_than_its_prefix_is_noticed(case):

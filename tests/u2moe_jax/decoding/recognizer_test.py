@@ -1,98 +1,36 @@
 """The recogniser: same words alone, in any batch, and chunk by chunk."""
 
 import dataclasses
-import zlib
+import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.reference import tiny_recognizer
 from u2moe_jax import config as config_lib
-from u2moe_jax.checkpoint import directory
 from u2moe_jax.decoding import aligner
+from u2moe_jax.decoding import batching
+from u2moe_jax.decoding import programs
 from u2moe_jax.decoding import recognizer as recognizer_lib
+from u2moe_jax.decoding import sessions
 from u2moe_jax.decoding import streaming
 from u2moe_jax.frontend import audio
-from u2moe_jax.frontend import fbank
 from u2moe_jax.sharding import mesh as mesh_lib
 from u2moe_jax.text import tokenizer as tokenizer_lib
 
-RATE = 16000
-
-
-def _model_config(**encoder):
-  moe = config_lib.MoeConfig(num_experts=4)
-  return config_lib.ModelConfig(
-    vocab_size=12,
-    feature_dim=20,
-    encoder=config_lib.EncoderConfig(
-      num_blocks=2,
-      model_dim=16,
-      num_heads=2,
-      ffn_dim=32,
-      conv_kernel=4,
-      moe=moe,
-      **encoder,
-    ),
-    decoder=config_lib.DecoderConfig(
-      num_blocks=1, num_reverse_blocks=1, num_heads=2, ffn_dim=32, moe=moe
-    ),
-  )
-
-
-def _recognizer(model_config, **decode):
-  params = jax.tree_util.tree_map_with_path(
-    _random, directory.abstract_variables(model_config)['params']
-  )
-  # Frames without CMVN are all alike; this gives words to compare.
-  features = config_lib.FeatureConfig(num_mel_bins=20)
-  frames = fbank.fbank(_sounds([1.0])[0], features)
-  cmvn = {'mean': frames.mean(axis=0), 'istd': 2 / frames.std(axis=0)}
-  decode = {'beam': 4, 'batch_seconds': 4.0, **decode}
-  return recognizer_lib.Recognizer(
-    directory.Description(model_config, features),
-    params,
-    {'cmvn': cmvn},
-    config=config_lib.DecodeConfig(**decode),
-  )
+RATE = tiny_recognizer.RATE
 
 
 @pytest.fixture(scope='module')
 def recognizer():
-  return _recognizer(_model_config())
-
-
-def _sounds(lengths, seed=0):
-  rng = np.random.default_rng(seed)
-  return [
-    (0.3 * rng.normal(size=int(n * RATE)) * np.linspace(0, 1, int(n * RATE)))
-    .clip(-1, 1)
-    .astype(np.float32)
-    for n in lengths
-  ]
-
-
-def _random(path, leaf):
-  """Weights without compiling an initialiser; large, for peaky posteriors."""
-  names = jax.tree_util.keystr(path)
-  rng = np.random.default_rng(zlib.crc32(names.encode()))
-  values = rng.normal(size=leaf.shape) * (1.5 if 'kernel' in names else 0.3)
-  fan_in = leaf.shape[-2] if leaf.ndim > 1 and 'kernel' in names else 1
-  values = values / fan_in**0.5 + ('scale' in names)
-  return jnp.asarray(values, leaf.dtype)
-
-
-def _with(recognizer, **changes):
-  return recognizer.with_config(
-    dataclasses.replace(recognizer.config, **changes)
-  )
+  return tiny_recognizer.make(tiny_recognizer.model_config())
 
 
 @pytest.mark.parametrize('mode', config_lib.DECODING_MODES)
 def test_batch_mates_and_order_change_nothing(recognizer, mode):
-  model = _with(recognizer, mode=mode)
-  sounds = _sounds([0.9, 0.5, 0.8, 0.6])
+  model = tiny_recognizer.changed(recognizer, mode=mode)
+  sounds = tiny_recognizer.sounds([0.9, 0.5, 0.8, 0.6])
   together = model.transcribe_batch(sounds)
   backwards = model.transcribe_batch(sounds[::-1])[::-1]
   alone = model.transcribe_batch(sounds[:1])[0]
@@ -102,10 +40,30 @@ def test_batch_mates_and_order_change_nothing(recognizer, mode):
   assert len({t.score for t in together}) > 1  # or nothing was compared
 
 
+def test_padding_changes_nothing(recognizer):
+  features = [
+    recognizer.features(s) for s in tiny_recognizer.sounds([0.9, 0.5])
+  ]
+  search = lambda frames, more=0: recognizer.search(
+    dataclasses.replace(
+      batch := batching.pad((0, 1), features, frames, 2, 20),
+      lengths=batch.lengths + more,
+    )
+  )
+  tight, loose = search(100), search(150)
+  for ours, theirs in zip(tight, loose, strict=True):
+    assert ours.text == theirs.text
+    np.testing.assert_allclose(ours.score, theirs.score, atol=1e-4)
+  # An encoder frame of padding that counts is heard.
+  assert abs(search(100, 4)[1].score - tight[1].score) > 1e-3
+
+
 @pytest.mark.parametrize('left_chunks', [-1, 2])
 def test_streaming_is_the_masked_pass(recognizer, left_chunks):
-  model = _with(recognizer, chunk_size=4, left_chunks=left_chunks)
-  sound = _sounds([1.13])[0]
+  model = tiny_recognizer.changed(
+    recognizer, chunk_size=4, left_chunks=left_chunks
+  )
+  sound = tiny_recognizer.sounds([1.13])[0]
   masked = model.transcribe(sound, sample_rate=RATE)
   stream = streaming.Stream(model)
   partials = [stream.accept(piece) for piece in np.array_split(sound, 7)]
@@ -115,13 +73,15 @@ def test_streaming_is_the_masked_pass(recognizer, left_chunks):
   np.testing.assert_allclose(final.score, masked.score, atol=1e-4)
   assert sum(p.num_chunks for p in partials) >= 5
   # Another chunk size is another model: the comparison can fail.
-  other = _with(recognizer, chunk_size=16, left_chunks=left_chunks)
+  other = tiny_recognizer.changed(
+    recognizer, chunk_size=16, left_chunks=left_chunks
+  )
   assert other.transcribe(sound, sample_rate=RATE).score != masked.score
 
 
 def test_how_sound_is_cut_changes_nothing(recognizer):
-  model = _with(recognizer, chunk_size=4, left_chunks=2)
-  sound = _sounds([0.8])[0]
+  model = tiny_recognizer.changed(recognizer, chunk_size=4, left_chunks=2)
+  sound = tiny_recognizer.sounds([0.8])[0]
 
   def run(pieces):
     stream = streaming.Stream(model)
@@ -133,8 +93,8 @@ def test_how_sound_is_cut_changes_nothing(recognizer):
 
 
 def test_room_grows_without_changing_words(recognizer, monkeypatch):
-  model = _with(recognizer, chunk_size=4)
-  sound = _sounds([1.0])[0]
+  model = tiny_recognizer.changed(recognizer, chunk_size=4)
+  sound = tiny_recognizer.sounds([1.0])[0]
 
   def run():
     stream = streaming.Stream(model)
@@ -142,12 +102,12 @@ def test_room_grows_without_changing_words(recognizer, monkeypatch):
     return stream.finish()
 
   large = run()
-  monkeypatch.setattr(streaming, '_FIRST_ROOM', 8)
+  monkeypatch.setattr(sessions, '_FIRST_ROOM', 8)
   assert run().text == large.text
 
 
 def test_silence_shorter_than_a_window_is_empty(recognizer):
-  model = _with(recognizer, chunk_size=4, left_chunks=2)
+  model = tiny_recognizer.changed(recognizer, chunk_size=4, left_chunks=2)
   stream = streaming.Stream(model)
   stream.accept(np.zeros(200, np.float32))
   assert stream.finish().text == ''
@@ -158,7 +118,7 @@ def test_silence_shorter_than_a_window_is_empty(recognizer):
 def test_files_and_arrays_of_another_rate(recognizer, tmp_path):
   import soundfile
 
-  sound = _sounds([0.5])[0]
+  sound = tiny_recognizer.sounds([0.5])[0]
   soundfile.write(tmp_path / 'a.wav', sound, RATE, subtype='FLOAT')
   from_file = recognizer.transcribe(tmp_path / 'a.wav')
   assert from_file == recognizer.transcribe(sound, sample_rate=RATE)
@@ -172,11 +132,15 @@ def test_requests_that_cannot_be_served_say_why(recognizer):
   with pytest.raises(error, match='chunk'):
     streaming.Stream(recognizer)
   with pytest.raises(error, match='cannot stream'):
-    streaming.Stream(_with(recognizer, chunk_size=4, mode='attention'))
-  noncausal = _recognizer(_noncausal(), chunk_size=4)
+    streaming.Stream(
+      tiny_recognizer.changed(recognizer, chunk_size=4, mode='attention')
+    )
+  noncausal = tiny_recognizer.make(_noncausal(), chunk_size=4)
   with pytest.raises(error, match='non-causal'):
     streaming.Stream(noncausal)
-  stream = streaming.Stream(_with(recognizer, chunk_size=4, left_chunks=2))
+  stream = streaming.Stream(
+    tiny_recognizer.changed(recognizer, chunk_size=4, left_chunks=2)
+  )
   with pytest.raises(error, match='8000'):
     stream.accept(np.zeros(10, np.float32), sample_rate=8000)
   with pytest.raises(audio.AudioError, match='finite'):
@@ -187,7 +151,7 @@ def test_requests_that_cannot_be_served_say_why(recognizer):
 
 
 def _noncausal():
-  config = _model_config()
+  config = tiny_recognizer.model_config()
   encoder = dataclasses.replace(
     config.encoder, causal_conv=False, conv_kernel=5
   )
@@ -195,13 +159,13 @@ def _noncausal():
 
 
 def test_a_mode_needs_its_decoder():
-  config = _model_config()
+  config = tiny_recognizer.model_config()
   one_sided = dataclasses.replace(
     config, decoder=dataclasses.replace(config.decoder, num_reverse_blocks=0)
   )
   with pytest.raises(recognizer_lib.DecodeError, match='reverse_weight'):
-    _recognizer(one_sided)
-  _recognizer(one_sided, reverse_weight=0.0)
+    tiny_recognizer.make(one_sided)
+  tiny_recognizer.make(one_sided, reverse_weight=0.0)
   ctc_only = dataclasses.replace(
     config,
     decoder=dataclasses.replace(
@@ -209,7 +173,7 @@ def test_a_mode_needs_its_decoder():
     ),
   )
   with pytest.raises(recognizer_lib.DecodeError, match='attention decoder'):
-    _recognizer(ctc_only)
+    tiny_recognizer.make(ctc_only)
 
 
 def test_hotwords_draw_a_stream_as_they_draw_the_whole(recognizer, tmp_path):
@@ -227,8 +191,8 @@ def test_hotwords_draw_a_stream_as_they_draw_the_whole(recognizer, tmp_path):
       left_chunks=2,
     ),
   )
-  drawn = _with(plain, hotwords=str(words))
-  (sound,) = _sounds([0.9])
+  drawn = tiny_recognizer.changed(plain, hotwords=str(words))
+  (sound,) = tiny_recognizer.sounds([0.9])
   whole = drawn.transcribe(sound, sample_rate=RATE)
   assert 'cba' in whole.text
   assert 'cba' not in plain.transcribe(sound, sample_rate=RATE).text
@@ -239,14 +203,14 @@ def test_hotwords_draw_a_stream_as_they_draw_the_whole(recognizer, tmp_path):
   assert final.text == whole.text
   np.testing.assert_allclose(final.score, whole.score, atol=1e-3)
   with pytest.raises(recognizer_lib.DecodeError, match='takes no hotwords'):
-    _with(drawn, mode='ctc_greedy_search')
+    tiny_recognizer.changed(drawn, mode='ctc_greedy_search')
   with pytest.raises(recognizer_lib.DecodeError, match='token table'):
-    _with(recognizer, hotwords=str(words))
+    tiny_recognizer.changed(recognizer, hotwords=str(words))
 
 
 def test_devices_share_a_batch(recognizer):
   """Each takes some rows; the words are those of one device."""
-  sounds = _sounds([0.9, 0.5, 0.8])
+  sounds = tiny_recognizer.sounds([0.9, 0.5, 0.8])
   mesh = mesh_lib.make_mesh(config_lib.MeshConfig(), jax.devices()[:2])
   shared = recognizer_lib.Recognizer(
     recognizer.description,
@@ -269,7 +233,9 @@ def test_devices_share_a_batch(recognizer):
 
 
 def test_words_have_times_and_confidences(recognizer):
-  transcript = recognizer.transcribe(_sounds([0.9])[0], sample_rate=RATE)
+  transcript = recognizer.transcribe(
+    tiny_recognizer.sounds([0.9])[0], sample_rate=RATE
+  )
   assert transcript.tokens
   assert [word.text for word in transcript.words] == transcript.text.split()
   starts = [word.start for word in transcript.words]
@@ -280,15 +246,17 @@ def test_words_have_times_and_confidences(recognizer):
     transcript.words, transcript.token_confidence, strict=True
   ):
     np.testing.assert_allclose(word.confidence, share, rtol=1e-5)
-  greedy = _with(recognizer, mode='ctc_greedy_search')
-  words = greedy.transcribe(_sounds([0.9])[0], sample_rate=RATE).words
+  greedy = tiny_recognizer.changed(recognizer, mode='ctc_greedy_search')
+  words = greedy.transcribe(
+    tiny_recognizer.sounds([0.9])[0], sample_rate=RATE
+  ).words
   assert words
   assert words[0].confidence is None
 
 
 def test_a_text_is_aligned_with_its_sound(recognizer):
-  greedy = _with(recognizer, mode='ctc_greedy_search')
-  sounds = _sounds([0.9, 0.5])
+  greedy = tiny_recognizer.changed(recognizer, mode='ctc_greedy_search')
+  sounds = tiny_recognizer.sounds([0.9, 0.5])
   heard = greedy.transcribe_batch(sounds)
   labels = [list(each.tokens) for each in heard]
   assert len(labels[0]) > 2
@@ -342,7 +310,104 @@ def test_a_text_is_aligned_with_its_sound(recognizer):
 )
 def test_what_a_model_was_never_trained_for_is_said(encoder, settings, words):
   found = recognizer_lib.cautions(
-    config_lib.DecodeConfig(**settings), _model_config(**encoder)
+    config_lib.DecodeConfig(**settings), tiny_recognizer.model_config(**encoder)
   )
   assert len(found) == len(words)
   assert all(word in line for word, line in zip(words, found, strict=True))
+
+
+@pytest.mark.parametrize(
+  ('key', 'value'),
+  [
+    ('mode', 'beam'),
+    ('beam', 0),
+    ('nbest', 11),
+    ('chunk_size', 0),
+    ('left_chunks', -2),
+    ('ctc_weight', -0.1),
+    ('reverse_weight', 1.1),
+    ('blank_penalty', float('inf')),
+    ('length_penalty', float('nan')),
+    ('whole_seconds', 0.0),
+    ('batch_seconds', float('nan')),
+  ],
+)
+def test_settings_out_of_range_are_named(key, value):
+  with pytest.raises(config_lib.ConfigError, match=rf'decode\.{key}'):
+    config_lib.DecodeConfig(**{key: value})
+
+
+def test_a_long_recording_is_what_its_segments_are(recognizer, monkeypatch):
+  """And nothing as long as the recording is ever encoded."""
+  monkeypatch.setattr(recognizer_lib, '_WINDOW_SECONDS', 1.0)
+  monkeypatch.setattr(recognizer_lib, '_EDGE_SECONDS', 0.2)
+  monkeypatch.setattr(recognizer_lib, '_WINDOWS_AT_ONCE', 3)
+  lengths = []
+  encode = programs.encode
+
+  def spy(model, params, buffers, features, *args, **kwargs):
+    lengths.append(features.shape[1])
+    return encode(model, params, buffers, features, *args, **kwargs)
+
+  monkeypatch.setattr(programs, 'encode', spy)
+  rules = config_lib.EndpointConfig(max_seconds=0.8)
+  model = tiny_recognizer.changed(recognizer, whole_seconds=1.0, endpoint=rules)
+  sound = np.tile(tiny_recognizer.sounds([1.3])[0], 3)
+  whole = model.transcribe(sound, sample_rate=RATE)
+  assert max(lengths) <= 140  # the padded length of a window
+  cut = model.segments(sound)
+  assert cut[0][0] == 0
+  assert cut[-1][1] == len(sound)
+  assert len(cut) >= 5
+  for (_, end), (start, _) in itertools.pairwise(cut):
+    assert 0 < end - start <= 800  # what the last frame of a segment reaches
+  parts = [model.transcribe(sound[a:b], sample_rate=RATE) for a, b in cut]
+  assert whole.text == ' '.join(part.text for part in parts if part.text)
+  assert [span.text for span in whole.segments] == [part.text for part in parts]
+  np.testing.assert_allclose(
+    whole.score, sum(part.score for part in parts), atol=1e-3
+  )
+  starts = [word.start for word in whole.words]
+  assert starts == sorted(starts)
+  assert 3.0 < whole.words[-1].end <= 3.9
+  short = model.transcribe_batch([sound, sound[:8000]])
+  assert short[0].text == whole.text
+  assert not short[1].segments
+  # Without the rule the same recording is one pass.
+  lengths.clear()
+  plain = tiny_recognizer.changed(recognizer, whole_seconds=9.0)
+  assert not plain.transcribe(sound, sample_rate=RATE).segments
+  assert max(lengths) >= 388
+
+
+@pytest.mark.parametrize('left_chunks', [1, -1])
+def test_the_limit_of_left_context_is_kept(recognizer, left_chunks):
+  """What lies further back than all layers together reach changes nothing."""
+  config, chunk = recognizer.description.model.encoder, 4
+  rng = np.random.default_rng(0)
+  length = 4 * 47 + 7
+  features = rng.normal(size=(1, length, 20)).astype(np.float32)
+
+  def last_chunk(features):
+    encoded = programs.encode(
+      recognizer.model,
+      recognizer.params,
+      recognizer.buffers,
+      features,
+      np.array([length], np.int32),
+      chunk_size=chunk,
+      left_chunks=left_chunks,
+      blank_penalty=0.0,
+    )
+    return np.asarray(encoded.log_probs)[0, 44:48]
+
+  # A layer reaches a chunk back, from within its own chunk and through the
+  # convolution; the subsampling two frames of features more.
+  reach = config.num_blocks * (2 * chunk - 1 + config.conv_kernel - 1)
+  far, near = features.copy(), features.copy()
+  far[:, : 4 * (44 - reach)] += 3.0
+  near[:, 4 * 43] += 3.0
+  expected = last_chunk(features)
+  moved = np.abs(last_chunk(far) - expected).max()
+  assert (moved < 1e-5) == (left_chunks >= 0), moved
+  assert np.abs(last_chunk(near) - expected).max() > 1e-3

@@ -1,24 +1,30 @@
 """All executors carry out a plan as the dense oracle does."""
 
 import functools
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from u2moe_jax import config as config_lib
 from u2moe_jax.ops import grouped_matmul
 from u2moe_jax.ops import routing
 
 _TOKENS, _EXPERTS, _KEPT, _WIDTH, _HIDDEN = 26, 5, 2, 6, 9
 _IDLE = 3  # an expert that no token visits
-_EXECUTORS = {
+_EXECUTORS: dict[str, dict] = {
   'capacity': {'executor': 'capacity', 'capacity_factor': None},
   'blocked_1': {'executor': 'blocked', 'block_size': 1},
   'blocked_3': {'executor': 'blocked', 'block_size': 3},
   'blocked_8': {'executor': 'blocked', 'block_size': 8},
   'blocked_64': {'executor': 'blocked', 'block_size': 64},
   'blocked_auto': {'executor': 'blocked', 'block_size': 0},
+  'separate_1': {'executor': 'blocked', 'block_size': 1, 'layout': 'separate'},
+  'separate_8': {'executor': 'blocked', 'block_size': 8, 'layout': 'separate'},
+  'separate_dense': {'executor': 'dense', 'layout': 'separate'},
   'ragged': {'executor': 'ragged'},
   'auto': {'executor': 'auto'},
 }
@@ -50,9 +56,12 @@ def _plan(logits, mask, top_k=_KEPT):
 
 @functools.cache
 def _value_and_gradients(name, top_k=_KEPT):
-  options = {'dense': {'executor': 'dense'}, **_EXECUTORS}[name]
+  options = dict({'dense': {'executor': 'dense'}, **_EXECUTORS}[name])
+  layout = options.pop('layout', 'stacked')
 
   def loss(x, logits, weights, mask, target):
+    if layout == 'separate':
+      weights = grouped_matmul.separate(weights)
     output = grouped_matmul.expert_feed_forward(
       x,
       _plan(logits, mask, top_k),
@@ -175,7 +184,7 @@ def test_capacity_drops_the_latest_and_counts_them(problem):
   x, _, _, weights = problem
   mask = jnp.arange(_TOKENS) < 20
   logits = jnp.zeros((_TOKENS, _EXPERTS)).at[:, 2].set(9.0).at[:, 4].set(8.0)
-  # Even share 26 * 2 / 5 = 10.4, times 1.0: 10 slots for 20 tokens each.
+  # Even share 26 * 2 / 5 = 10.4: 10 slots for 20 tokens each.
   result = grouped_matmul.expert_feed_forward(
     x,
     _plan(logits, mask),
@@ -184,7 +193,7 @@ def test_capacity_drops_the_latest_and_counts_them(problem):
     executor='capacity',
     capacity_factor=1.0,
   )
-  assert float(result.dropped) == pytest.approx(0.5)
+  assert float(result.num_dropped) == 2 * (20 - 10)
   expected, _ = _run('dense', (x, logits, mask, weights))
   np.testing.assert_allclose(result.output[:10], expected[:10], atol=1e-5)
   assert not np.asarray(result.output[10:]).any()
@@ -201,6 +210,41 @@ def test_padding_takes_no_capacity(problem):
     executor='capacity',
     capacity_factor=0.6,
   )
-  assert float(result.dropped) == 0.0
+  assert float(result.num_dropped) == 0
   expected, _ = _run('dense', (x, logits, mask, weights))
   np.testing.assert_allclose(result.output, expected, atol=1e-5)
+
+
+def test_every_file_of_executors_is_known_and_tried():
+  tried = {options['executor'] for options in _EXECUTORS.values()}
+  assert set(config_lib.executors()) == tried | {'dense', 'tokamax'}
+
+
+def test_tokamax_is_optional(problem, monkeypatch):
+  """Its function takes the arguments of `lax.ragged_dot`."""
+  x, logits, mask, weights = problem
+
+  def run():
+    return grouped_matmul.expert_feed_forward(
+      x,
+      _plan(logits, mask),
+      weights,
+      activation=jax.nn.silu,
+      executor='tokamax',
+    ).output
+
+  monkeypatch.setitem(sys.modules, 'tokamax', None)  # not installed
+  with pytest.raises(config_lib.ConfigError, match='requirements-tokamax'):
+    run()
+  stand_in = types.SimpleNamespace(ragged_dot=jax.lax.ragged_dot)
+  monkeypatch.setitem(sys.modules, 'tokamax', stand_in)
+  _assert_close(run(), _run('dense', problem)[0])
+
+
+@pytest.mark.parametrize('platform', ['cpu', 'gpu', 'tpu', 'something new'])
+def test_auto_never_takes_ragged_off_a_tpu(platform):
+  for num_tokens in (1, 16, 1000, 10**6):
+    name = grouped_matmul.choose('auto', num_tokens, platform)
+    assert name in config_lib.executors()
+    assert platform == 'tpu' or name not in ('auto', 'ragged', 'dense')
+  assert grouped_matmul.choose('ragged', 16, platform) == 'ragged'

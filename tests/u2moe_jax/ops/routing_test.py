@@ -30,6 +30,12 @@ def test_numpy_oracle(kind, top_k):
     np.testing.assert_allclose(plan.weight[s], kept / total, rtol=1e-5)
 
 
+def test_of_equal_logits_the_first_are_kept():
+  logits = jnp.array([[1.0, 2.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0]])
+  plan = _route(logits, jnp.ones(2, bool), top_k=3)
+  np.testing.assert_array_equal(plan.expert_index, [[1, 2, 3], [0, 1, 2]])
+
+
 def test_weights_sum_to_one_only_over_the_kept():
   sums = [
     np.asarray(_route(kind=kind).weight[:6]).sum(axis=1) for kind in _TYPES
@@ -93,7 +99,8 @@ def test_a_uniform_router_is_balanced():
 
 def test_statistics_in_closed_form():
   zeros = jnp.zeros((9, 4))
-  stats = routing.routing_stats(zeros, _route(zeros), dropped=0.25)
+  # 3 of 6 tokens x 2 experts.
+  stats = routing.routing_stats(zeros, _route(zeros), num_dropped=3.0)
   assert float(stats.entropy) == pytest.approx(np.log(4), rel=1e-6)
   assert float(stats.z_loss) == pytest.approx(np.log(4) ** 2, rel=1e-6)
   assert float(jnp.sum(stats.load)) == pytest.approx(1.0)
@@ -105,6 +112,17 @@ def test_no_token_at_all_is_finite():
   stats = routing.routing_stats(_LOGITS, _route(mask=nothing))
   for leaf in jax.tree.leaves(stats):
     assert not np.asarray(leaf).any()
+
+
+def test_the_most_loaded_device_is_told_where_experts_are_split():
+  # All to expert 1 and 0: the first of two devices has everything.
+  logits = jnp.broadcast_to(jnp.array([2.0, 3.0, 0.0, 1.0]), (9, 4))
+  plan = _route(logits)
+  loads = [
+    float(routing.routing_stats(logits, plan, expert_parts=n).most_loaded)
+    for n in (1, 2, 4)
+  ]
+  np.testing.assert_allclose(loads, [1.0, 2.0, 2.0], rtol=1e-6)
 
 
 def test_margins():

@@ -51,6 +51,23 @@ def test_an_axis_that_does_not_divide_is_named(sizes, named):
   assert "['" in str(error.value)  # the parameter
 
 
+def test_ten_heads_do_not_go_to_four_devices():
+  config = tiny.model_config(decoders=0, model_dim=40, num_heads=10)
+  config = config_lib.replace(config, 'vocab_size', 12)
+  with pytest.raises(mesh_lib.MeshError) as error:
+    _shardings(config, _mesh(data=2, tensor=4))
+  message = str(error.value)
+  assert "tensor=4 does not divide the 10 of axis 'heads'" in message
+  assert "['attention']" in message
+
+
+def test_a_batch_that_the_mesh_does_not_divide_is_refused():
+  mesh = _mesh(data=2, expert=4)
+  sharding = placement.batch_sharding(mesh, rules.STANDARD)
+  with pytest.raises(mesh_lib.MeshError, match=r'=8 .* batch of 12 utter'):
+    placement.shard_batch({'x': np.zeros((12, 2))}, sharding)
+
+
 def test_a_batch_is_split_over_all_but_tensor():
   mesh = _mesh(data=2, expert=2, tensor=2)
   assert placement.batch_parts(mesh, rules.STANDARD) == 4

@@ -187,6 +187,17 @@ def test_even_the_last_evaluation_can_be_stopped(tmp_path):
   again.store.close()
 
 
+def test_too_much_bad_data_ends_the_run(tmp_path):
+  fake = _Fake(tmp_path)
+  fake.trainer.skips = skips_lib.SkipLog(
+    tmp_path, num_utterances=10, max_share=0.05
+  )
+  with pytest.raises(skips_lib.BadDataError, match='1 of 10'):
+    fake.trainer.run()
+  assert fake.numbers == [0]
+  fake.store.close()
+
+
 def test_keys_and_counters_are_kept(tmp_path):
   options = loop.Options(log_keys=True)
   fake = _Fake(tmp_path, num_steps=3, options=options)

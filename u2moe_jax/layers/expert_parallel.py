@@ -1,0 +1,242 @@
+"""Experts on a mesh: tokens travel to the devices that hold their experts.
+
+Each device keeps its own tokens. Where an axis of the mesh splits the experts,
+a device puts its tokens into C slots for each of all E experts; `all_to_all`
+brings every slot to the device of its expert and, after the two layers, back.
+The buffers are static: with C = the tokens of a device nothing can be dropped;
+`capacity` in training takes a factor over the even share, and what finds no
+slot is counted. Where an axis splits the hidden width, each device computes a
+part of every sum.
+
+Without a mesh, or on one device, this is `grouped_matmul`.
+"""
+
+import dataclasses
+import functools
+import math
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from u2moe_jax.array_types import Array
+from u2moe_jax.array_types import Float
+from u2moe_jax.array_types import typechecked
+from u2moe_jax.config import Executor
+from u2moe_jax.ops import grouped_matmul
+from u2moe_jax.ops import permutation
+from u2moe_jax.ops.executors import capacity as capacity_lib
+from u2moe_jax.ops.routing import Routing
+from u2moe_jax.sharding import axes
+from u2moe_jax.sharding import rules as rules_lib
+
+_Spec = jax.sharding.PartitionSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class _Split:
+  """Which axes of the mesh split what, and into how many parts.
+
+  Attributes:
+    tokens: axes of the batch.
+    experts: axes of the experts; some of those of the batch.
+    hidden: axes of the hidden width.
+    sizes: of every axis.
+  """
+
+  tokens: tuple[str, ...]
+  experts: tuple[str, ...]
+  hidden: tuple[str, ...]
+  sizes: dict[str, int]
+
+  def parts(self, names: tuple[str, ...]) -> int:
+    return math.prod(self.sizes[name] for name in names)
+
+
+def _split() -> _Split | None:
+  """How the mesh and the rules in force split things; None for one device."""
+  mesh = jax.sharding.get_abstract_mesh()
+  rules = nn.get_logical_axis_rules()
+  if mesh.empty or mesh.size == 1 or not rules:
+    return None
+  sizes = dict(mesh.shape)
+
+  def named(axis):
+    names = rules_lib.mesh_axes(rules, axis)
+    return tuple(name for name in names if sizes.get(name, 1) > 1)
+
+  return _Split(named(axes.BATCH), named(axes.EXPERT), named(axes.MLP), sizes)
+
+
+def expert_parts() -> int:
+  """Over how many devices the experts are split."""
+  split = _split()
+  return 1 if split is None else split.parts(split.experts)
+
+
+@typechecked
+def expert_feed_forward(
+  x: Float[Array, 'S D'],
+  plan: Routing,
+  weights: grouped_matmul.ExpertWeights,
+  *,
+  activation: grouped_matmul.Activation,
+  executor: Executor = 'auto',
+  capacity_factor: float | None = None,
+  block_size: int = 0,
+) -> grouped_matmul.Execution:
+  """As `grouped_matmul.expert_feed_forward`, on the mesh in force.
+
+  The tokens are those of all devices, those of a device next to each other.
+  """
+  split = _split()
+  run = functools.partial(
+    grouped_matmul.expert_feed_forward,
+    activation=activation,
+    executor=executor,
+    capacity_factor=capacity_factor,
+    block_size=block_size,
+  )
+  if split is None:
+    return run(x, plan, weights)
+  if split.experts:
+    run = functools.partial(
+      _exchange,
+      split=split,
+      activation=activation,
+      executor=executor,
+      capacity_factor=capacity_factor,
+      block_size=block_size,
+    )
+  num_tokens = x.shape[0]
+  x, plan = _pad(x, plan, -num_tokens % split.parts(split.tokens))
+  hidden_parts = split.parts(split.hidden)
+
+  def on_device(x, plan, weights):
+    # Each part of the hidden width adds the bias; together they add it once.
+    b_out = weights.b_out / hidden_parts
+    weights = dataclasses.replace(weights, b_out=b_out)
+    executed = run(x, plan, weights)
+    return executed.output[None], executed.num_dropped[None]
+
+  tokens, experts = split.tokens or None, split.experts or None
+  hidden = split.hidden or None
+  # Sums over devices are taken outside, where the compiler sees them; within,
+  # nothing but `all_to_all` communicates. An input that is the same on some
+  # devices gets its gradient summed over them (that is how a gradient of
+  # `shard_map` is defined), without `check_vma`, which kernels do not know.
+  output, num_dropped = jax.shard_map(
+    on_device,
+    in_specs=(
+      _Spec(tokens),
+      _Spec(tokens),
+      grouped_matmul.ExpertWeights(
+        w_in=_Spec(experts, None, hidden),
+        b_in=_Spec(experts, hidden),
+        w_out=_Spec(experts, hidden, None),
+        b_out=_Spec(experts, None),
+      ),
+    ),
+    out_specs=(_Spec(hidden, tokens), _Spec(tokens)),
+    check_vma=False,
+  )(x, plan, weights)
+  return grouped_matmul.Execution(
+    output=jnp.sum(output, axis=0)[:num_tokens],
+    num_dropped=jnp.sum(num_dropped),
+  )
+
+
+def _pad(x: Array, plan: Routing, more: int) -> tuple[Array, Routing]:
+  """Adds padded tokens, so that every device gets as many."""
+  if not more:
+    return x, plan
+
+  def pad(array, value):
+    widths = ((0, more),) + ((0, 0),) * (array.ndim - 1)
+    return jnp.pad(array, widths, constant_values=value)
+
+  return pad(x, 0), dataclasses.replace(
+    plan,
+    expert_index=pad(plan.expert_index, plan.num_experts),
+    weight=pad(plan.weight, 0.0),
+    mask=pad(plan.mask, False),
+  )
+
+
+def _exchange(
+  x,
+  plan,
+  weights,
+  *,
+  split,
+  activation,
+  executor,
+  capacity_factor,
+  block_size,
+) -> grouped_matmul.Execution:
+  """One device's part; `weights` are those of its experts only."""
+  num_tokens, num_kept = plan.expert_index.shape
+  num_devices = split.parts(split.experts)
+  num_own = plan.num_experts // num_devices
+  name = grouped_matmul.choose(executor, num_tokens)
+  drops = name == 'capacity'
+  capacity = capacity_lib.slots_per_expert(
+    num_tokens, num_kept, plan.num_experts, capacity_factor if drops else None
+  )
+  slots, num_dropped = capacity_lib.make_slots(plan, capacity)
+  travel = functools.partial(
+    jax.lax.all_to_all,
+    axis_name=split.experts,
+    split_axis=0,
+    concat_axis=0,
+    tiled=True,
+  )
+  rows = permutation.dispatch(x, slots)
+  rows = travel(rows.reshape(num_devices, num_own, capacity, -1))
+  # What was sent to devices has come from devices: own experts first.
+  rows = jnp.swapaxes(rows, 0, 1)  # [own experts, devices, C, D]
+  if drops:
+    groups = rows.reshape(num_own, num_devices * capacity, -1)
+    output = capacity_lib.equal_groups(groups, weights, activation)
+  else:
+    is_filled = travel(
+      (slots.source < num_tokens).reshape(num_devices, num_own, capacity)
+    )
+    output = _run_received(
+      rows,
+      jnp.swapaxes(is_filled, 0, 1),
+      weights,
+      activation=activation,
+      executor=name,
+      block_size=block_size,
+    )
+  output = jnp.swapaxes(output.reshape(rows.shape), 0, 1)
+  output = travel(output).reshape(plan.num_experts * capacity, -1)
+  return grouped_matmul.Execution(
+    output=permutation.combine(output, plan.weight, slots),
+    num_dropped=num_dropped,
+  )
+
+
+def _run_received(rows, is_filled, weights, **options) -> Array:
+  """Runs any executor on rows whose expert is known; empty ones cost little.
+
+  Args:
+    rows: (own experts, devices, C, D).
+    is_filled: False for slots that stayed empty.
+    weights: own experts.
+    **options: of the executor.
+  """
+  num_own = rows.shape[0]
+  expert = jnp.arange(num_own, dtype=jnp.int32)[:, None, None]
+  expert = jnp.where(is_filled, expert, num_own)
+  plan = Routing(
+    expert_index=expert.reshape(-1, 1),
+    weight=is_filled.reshape(-1, 1).astype(jnp.float32),
+    mask=is_filled.reshape(-1),
+    num_experts=num_own,
+  )
+  flat = rows.reshape(-1, rows.shape[-1])
+  return grouped_matmul.expert_feed_forward(
+    flat, plan, weights, **options
+  ).output

@@ -1,0 +1,22 @@
+"""Every expert on every token, masked: the oracle of the others."""
+
+import jax
+import jax.numpy as jnp
+
+from u2moe_jax.ops import grouped_matmul
+
+
+def run(
+  x, plan, weights, *, activation, capacity_factor, block_size
+) -> grouped_matmul.Execution:
+  """Runs all experts; zero weights remove what was not chosen."""
+  del capacity_factor, block_size
+  weights = grouped_matmul.stacked(weights)
+  chosen = jax.nn.one_hot(plan.expert_index, plan.num_experts)  # [S, J, E]
+  weight = jnp.einsum('SJ,SJE->SE', plan.weight, chosen).astype(x.dtype)
+  hidden = jnp.einsum('SD,EDM->SEM', x, weights.w_in) + weights.b_in[None]
+  hidden = activation(hidden)
+  # The combination goes through the second product, so no [S, E, D] arises.
+  hidden *= weight[:, :, None]
+  output = jnp.einsum('SEM,EMD->SD', hidden, weights.w_out)
+  return grouped_matmul.nothing_dropped(output + weight @ weights.b_out)

@@ -1,0 +1,51 @@
+"""Pairs sorted by expert, and `lax.ragged_dot` over groups of any size.
+
+XLA expands that product to all experts on CPU and on most GPUs, so this is
+never chosen by default there.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from u2moe_jax.array_types import Array
+from u2moe_jax.ops import grouped_matmul
+from u2moe_jax.ops import permutation
+
+# (rows [R, K], matrices [E, K, N], group sizes [E]) -> [R, N]
+RaggedDot = Callable[[Array, Array, Array], Array]
+
+
+def run(
+  x, plan, weights, *, activation, capacity_factor, block_size
+) -> grouped_matmul.Execution:
+  """Multiplies sorted rows by `lax.ragged_dot`."""
+  del capacity_factor, block_size
+  return run_sorted(x, plan, weights, activation, jax.lax.ragged_dot)
+
+
+def run_sorted(
+  x, plan, weights, activation, ragged_dot: RaggedDot
+) -> grouped_matmul.Execution:
+  """Sorts the pairs by expert and multiplies by any ragged product."""
+  weights = grouped_matmul.stacked(weights)
+  num_experts = plan.num_experts
+  pair_expert = plan.expert_index.reshape(-1)  # [S * J]
+  num_pairs = pair_expert.size
+  order = jnp.argsort(pair_expert)
+  rank = jnp.zeros(num_pairs, jnp.int32).at[order].set(jnp.arange(num_pairs))
+  position = jnp.where(pair_expert < num_experts, rank, num_pairs)
+  slots = permutation.make_slots(
+    position.reshape(plan.expert_index.shape).astype(jnp.int32), num_pairs
+  )
+  sizes = jnp.bincount(pair_expert, length=num_experts + 1)
+  # Padded pairs sort last; their rows are empty and join the last expert.
+  sizes = sizes[:-1].at[-1].add(sizes[-1]).astype(jnp.int32)
+  expert = jnp.minimum(pair_expert[order], num_experts - 1)
+  rows = permutation.dispatch(x, slots)
+  hidden = ragged_dot(rows, weights.w_in, sizes) + weights.b_in[expert]
+  rows = ragged_dot(activation(hidden), weights.w_out, sizes)
+  rows += weights.b_out[expert]
+  output = permutation.combine(rows, plan.weight, slots)
+  return grouped_matmul.nothing_dropped(output)
