@@ -1,12 +1,14 @@
 """Test session: 8 CPU devices, strict shapes, parsed flags."""
 
 import os
+import pathlib
 
 os.environ.setdefault('U2MOE_TYPECHECK', '1')
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 from absl import flags
 import jax
+import pytest
 
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
@@ -15,3 +17,22 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 def pytest_configure():
   """Marks absl flags as parsed, so that library code may read them."""
   flags.FLAGS.mark_as_parsed()
+
+
+# Linux lets a process have 65,530 mappings; each compiled function takes some,
+# and LLVM aborts when there are none left.
+_MOST_MAPPINGS = 25_000
+
+
+def _num_mappings() -> int:
+  """Memory mappings of this process; 0 where nobody tells."""
+  maps = pathlib.Path('/proc/self/maps')
+  return maps.read_text().count('\n') if maps.exists() else 0
+
+
+@pytest.fixture(autouse=True)
+def _programs_are_forgotten():
+  """Drops compiled programs before there are too many for one process."""
+  yield
+  if _num_mappings() > _MOST_MAPPINGS:
+    jax.clear_caches()

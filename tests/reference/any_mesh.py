@@ -132,7 +132,8 @@ def run(
   return machine.run(batch() if rows is None else rows, fetch)
 
 
-@functools.cache
+# Few are kept: each program takes thousands of the mappings a process may have.
+@functools.lru_cache(maxsize=4)
 def machine_for(kind: str, shape: tuple[int, ...]) -> 'Machine':
   """The same for the same arguments, so that each program compiles once."""
   return Machine(kind, shape)
