@@ -20,10 +20,10 @@ import jax.numpy as jnp
 from experiments.benchmarks import harness
 from experiments.benchmarks import train as train_benchmark
 from experiments.reporting import mesh_table
-from experiments.wiring import compiled as compiled_lib
 from u2moe_jax import config as config_lib
 from u2moe_jax.models import u2
 from u2moe_jax.sharding import axes
+from u2moe_jax.sharding import compiled_report
 from u2moe_jax.sharding import mesh as mesh_lib
 from u2moe_jax.sharding import placement
 from u2moe_jax.sharding import rules
@@ -410,7 +410,7 @@ def _activation_bytes(config, model, arrays) -> int:
 
 
 def _operations(program, traced, devices: int) -> dict[str, Any]:
-  cost = compiled_lib.read(program.as_text())
+  cost = compiled_report.read(program.as_text())
   return {
     'flops': cost.flops,
     'model_flops': flops.count(traced.jaxpr),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.wiring import compiled
+from u2moe_jax.sharding import compiled_report
 
 _P = jax.sharding.PartitionSpec
 
@@ -16,7 +16,9 @@ def _mesh():
 
 
 def _read(function, *arrays):
-  return compiled.read(jax.jit(function).lower(*arrays).compile().as_text())
+  return compiled_report.read(
+    jax.jit(function).lower(*arrays).compile().as_text()
+  )
 
 
 def _scanned(length):
@@ -116,8 +118,10 @@ ENTRY %main (a: f32[2,6]) -> f32[8,6] {
   ROOT %d = f32[8,6]{1,0} all-gather-done(%s)
 }
 """
-  cost = compiled.read(text)
-  assert cost.collectives == {'all-gather': compiled.Traffic(1, 8 * 6 * 4)}
+  cost = compiled_report.read(text)
+  assert cost.collectives == {
+    'all-gather': compiled_report.Traffic(1, 8 * 6 * 4)
+  }
   assert cost.flops == 2 * 7 * 7 * 5 * 3 * 3 * 2
 
 
@@ -140,9 +144,9 @@ ENTRY %main (a: f32[2,6]) -> f32[2,6] {{
   ROOT %r = f32[2,6]{{1,0}} all-reduce(%a), channel_id=1, replica_groups={groups}, to_apply=%add
 }}
 """
-  assert compiled.read(text).traffic.count == count
+  assert compiled_report.read(text).traffic.count == count
 
 
 def test_other_text_is_refused():
   with pytest.raises(ValueError, match='ENTRY'):
-    compiled.read('nothing of the kind')
+    compiled_report.read('nothing of the kind')
