@@ -1,8 +1,10 @@
 """Utterances of like length, padded to one of few shapes."""
 
+import collections
 from collections.abc import Iterator
 from collections.abc import Sequence
 import dataclasses
+import itertools
 
 import numpy as np
 
@@ -41,7 +43,9 @@ def plan(
   Yields:
     (indices, padded frames, padded rows).
   """
-  padded = [_padded_frames(max(length, smallest)) for length in lengths]
+  padded = _merged(
+    [_padded_frames(max(length, smallest)) for length in lengths], max_frames
+  )
   order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
   start = 0
   while start < len(order):
@@ -59,6 +63,22 @@ def _padded_frames(length: int) -> int:
   while frames < length:
     frames = int(frames * _LENGTH_GROWTH)
   return frames
+
+
+def _merged(padded: Sequence[int], max_frames: int) -> list[int]:
+  """Lengths in fewer shapes: the next longer one for those that fill none.
+
+  A batch that is not full has empty rows, so what fits into one batch of the
+  next longer shape is not worth compiling a shape for.
+  """
+  counts = collections.Counter(padded)
+  sizes = sorted(counts)
+  chosen = {size: size for size in sizes}
+  for size, longer in itertools.pairwise(sizes):
+    if counts[size] * longer <= max_frames:
+      counts[longer] += counts[size]
+      chosen |= {each: longer for each in sizes if chosen[each] == size}
+  return [chosen[size] for size in padded]
 
 
 def pad(
