@@ -96,7 +96,31 @@ class Utterance:
     )
 
 
-class Table(Sequence[Utterance]):
+class OnDemand(Sequence[Utterance]):
+  """Utterances that are read when they are asked for."""
+
+  def __init__(self, count: int, read: Callable[[int], Utterance]):
+    """Takes how many there are, and what reads one by its number."""
+    self._count, self._read = count, read
+
+  def __len__(self) -> int:
+    return self._count
+
+  @overload
+  def __getitem__(self, index: int) -> Utterance: ...
+
+  @overload
+  def __getitem__(self, index: slice) -> list[Utterance]: ...
+
+  def __getitem__(self, index):
+    if isinstance(index, slice):
+      return [self[i] for i in range(*index.indices(len(self)))]
+    if not -len(self) <= index < len(self):
+      raise IndexError(f'{index} is not in [0, {len(self)})')
+    return self._read(index % len(self))
+
+
+class Table(OnDemand):
   """Many utterances in little memory: their lines, parsed when asked for.
 
   A million utterances take about as much as their manifest; as objects they
@@ -123,27 +147,14 @@ class Table(Sequence[Utterance]):
     """
     self._data = data
     self._rows = np.asarray(rows, np.int64).reshape(-1, 2)
+    super().__init__(len(self._rows), self._utterance)
     self._parse = parse
     if durations is None:
       durations = np.full(len(self._rows), np.nan)
     self.durations = np.asarray(durations, np.float64)
     self._problems = dict(problems or {})
 
-  def __len__(self) -> int:
-    return len(self._rows)
-
-  @overload
-  def __getitem__(self, index: int) -> Utterance: ...
-
-  @overload
-  def __getitem__(self, index: slice) -> list[Utterance]: ...
-
-  def __getitem__(self, index):
-    if isinstance(index, slice):
-      return [self[i] for i in range(*index.indices(len(self)))]
-    if not -len(self) <= index < len(self):
-      raise IndexError(f'{index} is not in [0, {len(self)})')
-    index %= len(self)
+  def _utterance(self, index: int) -> Utterance:
     first, last = self._rows[index].tolist()
     utterance = self._parse(self._data[first:last].decode('utf-8'))
     return self._complete(utterance, index)

@@ -34,6 +34,7 @@ from typing import Any
 import tqdm
 
 from data_pipelines import assembly
+from data_pipelines import job_shard
 from data_pipelines import pieces
 from data_pipelines import processes
 from data_pipelines import sources
@@ -63,24 +64,6 @@ class PrepareError(ValueError):
   """A corpus that cannot be prepared; the message says what to do."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Shard:
-  """The share of a job: every `count`-th piece, from the `index`-th on."""
-
-  index: int = 0
-  count: int = 1
-
-  def __post_init__(self):
-    if not 0 <= self.index < self.count:
-      raise PrepareError(
-        f'--shard={self.index}/{self.count}: the number of a job counts from '
-        f'0 to {self.count - 1}'
-      )
-
-  def __str__(self) -> str:
-    return f'{self.index}/{self.count}'
-
-
 def prepare(
   out: str | os.PathLike[str],
   specs: Mapping[str, str],
@@ -88,7 +71,7 @@ def prepare(
   sample_rate: int = 16000,
   min_seconds: float = 0.0,
   max_seconds: float = 0.0,
-  shard: Shard | None = None,
+  shard: job_shard.Shard | None = None,
   num_workers: int | None = None,
   force: bool = False,
 ) -> bool:
@@ -133,7 +116,7 @@ def prepare(
     out=pathlib.Path(os.path.abspath(out)),
     identity=_identity(specs, settings),
     settings=settings,
-    shard=shard or Shard(),
+    shard=shard or job_shard.Shard(),
     num_workers=num_workers,
     force=force,
   )
@@ -174,7 +157,7 @@ def prepare_builtin(
   num_train: int = 4000,
   num_dev: int = 300,
   num_test: int = 300,
-  shard: Shard | None = None,
+  shard: job_shard.Shard | None = None,
   num_workers: int | None = None,
   force: bool = False,
 ) -> bool:
@@ -213,7 +196,7 @@ def prepare_builtin(
     out=pathlib.Path(os.path.abspath(out)),
     identity={'source': 'builtin', 'seed': seed, **sizes},
     settings=pieces.Settings(),
-    shard=shard or Shard(),
+    shard=shard or job_shard.Shard(),
     num_workers=num_workers,
     force=force,
   )
@@ -273,7 +256,7 @@ class _Job:
   out: pathlib.Path
   identity: Mapping[str, Any]
   settings: pieces.Settings
-  shard: Shard
+  shard: job_shard.Shard
   num_workers: int | None
   force: bool
 

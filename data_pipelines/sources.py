@@ -23,7 +23,6 @@ import pkgutil
 import re
 import sys
 import types
-from typing import overload
 from typing import Protocol
 
 from jaxtyping import Float
@@ -127,7 +126,12 @@ class _Selected:
 
   def __init__(self, source: Source, first: int, last: int):
     self._source, self._first = source, first
-    self.utterances: Sequence[manifest.Utterance] = _View(source, first, last)
+    self.utterances: Sequence[manifest.Utterance] = manifest.OnDemand(
+      last - first, self._utterance
+    )
+
+  def _utterance(self, index: int) -> manifest.Utterance:
+    return self._source.utterances[self._first + index]
 
   def __len__(self) -> int:
     return len(self.utterances)
@@ -137,27 +141,6 @@ class _Selected:
 
   def header(self, index: int) -> audio.Header:
     return self._source.header(self._first + index)
-
-
-class _View(Sequence[manifest.Utterance]):
-  """Utterances `first` to `last - 1`, read when they are asked for."""
-
-  def __init__(self, source: Source, first: int, last: int):
-    self._source, self._range = source, range(first, last)
-
-  def __len__(self) -> int:
-    return len(self._range)
-
-  @overload
-  def __getitem__(self, index: int) -> manifest.Utterance: ...
-
-  @overload
-  def __getitem__(self, index: slice) -> list[manifest.Utterance]: ...
-
-  def __getitem__(self, index):
-    if isinstance(index, slice):
-      return [self[i] for i in range(*index.indices(len(self)))]
-    return self._source.utterances[self._range[index]]
 
 
 def require_usable(utterance: manifest.Utterance) -> manifest.Utterance:
@@ -211,24 +194,14 @@ class JoinedSource:
     return chosen[0] if len(chosen) == 1 else JoinedSource(chosen)
 
 
-class _Joined(Sequence[manifest.Utterance]):
+class _Joined(manifest.OnDemand):
   """The utterances of several sources."""
 
   def __init__(self, parts: Sequence[Source], ends: np.ndarray):
+    super().__init__(int(ends[-1]), self._utterance)
     self._parts, self._ends = parts, ends
 
-  def __len__(self) -> int:
-    return int(self._ends[-1])
-
-  @overload
-  def __getitem__(self, index: int) -> manifest.Utterance: ...
-
-  @overload
-  def __getitem__(self, index: slice) -> list[manifest.Utterance]: ...
-
-  def __getitem__(self, index):
-    if isinstance(index, slice):
-      return [self[i] for i in range(*index.indices(len(self)))]
+  def _utterance(self, index: int) -> manifest.Utterance:
     part, own = _locate(self._parts, self._ends, index)
     return part.utterances[own]
 

@@ -16,6 +16,7 @@ from typing import Any
 from absl import flags
 from absl import logging
 
+from data_pipelines import job_shard
 from experiments.wiring import command
 from experiments.wiring import decode_flags
 from experiments.wiring import hosts
@@ -79,10 +80,10 @@ def main(_) -> int:
   transcripts.require_format(_FORMAT.value, config.mode)
   host = None
   if _SHARD.value is not None:
-    shard = transcripts.Shard.parse(_SHARD.value)
+    shard = job_shard.parse(_SHARD.value)
   else:
     host = hosts.from_environment(os.environ, logging.warning)
-    shard = transcripts.Shard(
+    shard = job_shard.Shard(
       *((host.process_id, host.num_processes) if host else (0, 1))
     )
   if shard.count > 1 and _OUT.value is None:

@@ -28,6 +28,7 @@ import sys
 
 from absl import flags
 
+from data_pipelines import job_shard
 from data_pipelines import prepare
 from data_pipelines import sources
 from experiments.wiring import command
@@ -73,17 +74,6 @@ _NUM_DEV = flags.DEFINE_integer('num_dev', 300, 'Built-in: dev size.')
 _NUM_TEST = flags.DEFINE_integer('num_test', 300, 'Built-in: test size.')
 
 
-def _shard() -> prepare.Shard:
-  if _SHARD.value is None:
-    return prepare.Shard()
-  match = re.fullmatch('([0-9]+)/([0-9]+)', _SHARD.value)
-  if match is None:
-    raise prepare.PrepareError(
-      f'--shard={_SHARD.value} is not of the form I/N, such as 0/100'
-    )
-  return prepare.Shard(int(match[1]), int(match[2]))
-
-
 def _specs() -> dict[str, str]:
   """The source of each split."""
   try:
@@ -113,7 +103,7 @@ def _prepare() -> None:
       num_train=_NUM_TRAIN.value,
       num_dev=_NUM_DEV.value,
       num_test=_NUM_TEST.value,
-      shard=_shard(),
+      shard=job_shard.parse(_SHARD.value),
       num_workers=_WORKERS.value,
       force=_FORCE.value,
     )
@@ -124,7 +114,7 @@ def _prepare() -> None:
     sample_rate=_SAMPLE_RATE.value,
     min_seconds=_MIN_SECONDS.value,
     max_seconds=_MAX_SECONDS.value,
-    shard=_shard(),
+    shard=job_shard.parse(_SHARD.value),
     num_workers=_WORKERS.value,
     force=_FORCE.value,
   )

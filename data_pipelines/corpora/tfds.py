@@ -20,7 +20,6 @@ import os
 import pathlib
 import re
 from typing import Any
-from typing import overload
 
 from jaxtyping import Float
 import numpy as np
@@ -125,7 +124,9 @@ class TfdsSource:
     self._data: Any = None
     self._latest: tuple[int, Mapping[str, Any]] = (-1, {})
     self._length = len(self._records())
-    self.utterances: Sequence[manifest.Utterance] = _Utterances(self)
+    self.utterances: Sequence[manifest.Utterance] = manifest.OnDemand(
+      len(self), self.describe
+    )
 
   def __len__(self) -> int:
     return self._length
@@ -197,32 +198,6 @@ class TfdsSource:
   def __getstate__(self) -> dict[str, Any]:
     # Open files do not travel.
     return {**self.__dict__, '_data': None, '_latest': (-1, {})}
-
-
-class _Utterances(Sequence[manifest.Utterance]):
-  """Utterances that are read when they are asked for."""
-
-  def __init__(self, source: TfdsSource):
-    self._source = source
-
-  def __len__(self) -> int:
-    return len(self._source)
-
-  @overload
-  def __getitem__(self, index: int) -> manifest.Utterance: ...
-
-  @overload
-  def __getitem__(self, index: slice) -> list[manifest.Utterance]: ...
-
-  def __getitem__(self, index):
-    if isinstance(index, slice):
-      return [self[i] for i in range(*index.indices(len(self)))]
-    if not -len(self) <= index < len(self):
-      raise IndexError(f'{index} is not in [0, {len(self)})')
-    return self._source.describe(index % len(self))
-
-  def __iter__(self) -> Iterator[manifest.Utterance]:
-    return (self[index] for index in range(len(self)))
 
 
 def _data_source(name: str, split: str) -> Any:

@@ -58,9 +58,7 @@ def run(options: harness.Options) -> Iterator[dict[str, Any]]:
 def _measure(config, seconds, batch, repeats) -> dict[str, float]:
   mesh = mesh_lib.make_mesh(config.mesh)
   model = u2.U2MoeModel(config.model)
-  optimizer = optimizer_lib.make_optimizer(
-    config.optimizer, num_steps=config.train.num_steps
-  )
+  optimizer = optimizer_lib.optimizer_of(config)
   buffers = u2.init_buffers(config.model)
   with jax.set_mesh(mesh):
     shardings = state_lib.state_shardings(model, optimizer, buffers, mesh=mesh)

@@ -91,12 +91,7 @@ def _make_measure(
 ) -> Callable[[programs_lib.Shape], int]:
   """A function from a shape to the bytes of its train step."""
   model = u2.U2MoeModel(config.model)
-  optimizer: Any = optimizer_lib.make_optimizer(
-    config.optimizer,
-    num_steps=config.train.num_steps,
-    trainable=config.train.trainable,
-    freeze_steps=config.train.freeze_steps,
-  )
+  optimizer: Any = optimizer_lib.optimizer_of(config)
   buffers = u2.init_buffers(config.model)
   target = state_lib.abstract_state_on(mesh, model, optimizer, buffers)
   machinery = buckets_lib.make_machinery(

@@ -15,6 +15,7 @@ from absl import logging
 import numpy as np
 import tqdm
 
+from data_pipelines import job_shard
 from data_pipelines import manifest
 from data_pipelines import sources
 from experiments.wiring import timing
@@ -293,7 +294,7 @@ def run(
   streamed: bool = False,
   out: str | os.PathLike[str] | None = None,
   format_name: str = 'jsonl',
-  shard: transcripts.Shard | None = None,
+  shard: job_shard.Shard | None = None,
   identity: Mapping[str, Any] | None = None,
 ) -> tuple[Summary, list[Decoded]]:
   """Decodes and scores a source, or one shard of it.
@@ -316,7 +317,7 @@ def run(
   Raises:
     TranscriptError: if `out` cannot be continued by this run.
   """
-  shard = shard or transcripts.Shard()
+  shard = shard or job_shard.Shard()
   transcripts.require_format(format_name, recognizer.config.mode)
   mine = _share(source, shard)
   parts, done = None, []
@@ -344,7 +345,7 @@ def run(
   return summarise(source, entries), _decoded(source, entries)
 
 
-def _share(source: sources.Source, shard: transcripts.Shard) -> list[int]:
+def _share(source: sources.Source, shard: job_shard.Shard) -> list[int]:
   """The utterances of a shard; all shards get as many of each length."""
   if shard.count == 1:
     return list(range(len(source)))

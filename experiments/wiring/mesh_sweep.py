@@ -287,12 +287,7 @@ def look_at(sweep: Sweep, name: str, out: pathlib.Path) -> None:
   devices = jax.devices()[: sweep.devices]
   mesh = mesh_lib.make_mesh(shape, devices)
   model = u2.U2MoeModel(config.model)
-  optimizer = optimizer_lib.make_optimizer(
-    config.optimizer,
-    num_steps=config.train.num_steps,
-    trainable=config.train.trainable,
-    freeze_steps=config.train.freeze_steps,
-  )
+  optimizer = optimizer_lib.optimizer_of(config)
   buffers = u2.init_buffers(config.model)
   shapes = _batch_shapes(sweep, config.model)
   kept = _activation_bytes(config, model, shapes)

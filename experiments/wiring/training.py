@@ -117,12 +117,7 @@ def make_trainer(
   """Compiles everything, then places the state; None if asked to stop."""
   config = resources.config
   model = u2.U2MoeModel(config.model)
-  optimizer = optimizer_lib.make_optimizer(
-    config.optimizer,
-    num_steps=config.train.num_steps,
-    trainable=config.train.trainable,
-    freeze_steps=config.train.freeze_steps,
-  )
+  optimizer = optimizer_lib.optimizer_of(config)
   buffers = make_buffers(config.model, resources.cmvn)
   target = state_lib.abstract_state_on(mesh, model, optimizer, buffers)
   sharding = placement.batch_sharding(mesh, rules.STANDARD)

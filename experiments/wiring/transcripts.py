@@ -23,6 +23,7 @@ import urllib.parse
 
 import numpy as np
 
+from data_pipelines import job_shard
 from u2moe_jax.decoding import transcript as transcript_lib
 from u2moe_jax.text import captions
 from u2moe_jax.text import words as words_lib
@@ -35,36 +36,6 @@ _TIMED_FORMATS = ('srt', 'vtt', 'ctm')
 
 class TranscriptError(ValueError):
   """Output that cannot be written or continued; says what to do."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Shard:
-  """Part `index` of `count` of the utterances."""
-
-  index: int = 0
-  count: int = 1
-
-  def __post_init__(self):
-    if not 0 <= self.index < self.count:
-      raise TranscriptError(
-        f'shard {self.index}/{self.count}: it must be one of 0/{self.count} to '
-        f'{self.count - 1}/{self.count}'
-      )
-
-  @classmethod
-  def parse(cls, text: str) -> 'Shard':
-    """Reads I/N.
-
-    Raises:
-      TranscriptError: if it is not of that form, or I is not below N.
-    """
-    parts = text.split('/')
-    if len(parts) != 2 or not all(part.isdigit() for part in parts):
-      raise TranscriptError(f'--shard={text}: it must be I/N, for example 0/2')
-    return cls(int(parts[0]), int(parts[1]))
-
-  def __str__(self) -> str:
-    return f'{self.index}-of-{self.count}'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +82,7 @@ class Parts:
     out: str | os.PathLike[str],
     identity: Mapping[str, Any],
     *,
-    shard: Shard,
+    shard: job_shard.Shard,
     total: int,
   ):
     """Opens or makes the folder.
@@ -133,13 +104,13 @@ class Parts:
       self._merging.rename(self.folder)  # a merge that was cut short
     self.folder.mkdir(parents=True, exist_ok=True)
     self._claim({**identity, 'shards': shard.count, 'utterances': total})
-    self._file = self.folder / f'shard-{shard}.jsonl'
+    self._file = self.folder / f'shard-{shard.stem}.jsonl'
 
   def _claim(self, identity: Mapping[str, Any]) -> None:
     file = self.folder / 'config.json'
     mine = json.loads(json.dumps(identity))  # as it will read
     if not file.exists():
-      unfinished = file.with_name(f'config-{self._shard}.unfinished')
+      unfinished = file.with_name(f'config-{self._shard.stem}.unfinished')
       unfinished.write_text(json.dumps(mine, indent=1), encoding='utf-8')
       os.replace(unfinished, file)
     theirs = json.loads(file.read_text(encoding='utf-8'))
@@ -178,8 +149,10 @@ class Parts:
     Raises:
       TranscriptError: if an utterance is missing.
     """
-    (self.folder / f'shard-{self._shard}.done').touch()
-    shards = [Shard(i, self._shard.count) for i in range(self._shard.count)]
+    (self.folder / f'shard-{self._shard.stem}.done').touch()
+    shards = [
+      job_shard.Shard(i, self._shard.count) for i in range(self._shard.count)
+    ]
     try:
       if not all((self.folder / f'shard-{s}.done').exists() for s in shards):
         return None
@@ -189,7 +162,7 @@ class Parts:
       return None
     found: dict[int, Entry] = {}
     for shard in shards:
-      file = self._merging / f'shard-{shard}.jsonl'
+      file = self._merging / f'shard-{shard.stem}.jsonl'
       found |= {e.index: e for e in (_entries(file) if file.exists() else [])}
     missing = self._total - len(found)
     if missing:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from data_pipelines import assembly
+from data_pipelines import job_shard
 from data_pipelines import manifest
 from data_pipelines import pieces
 from data_pipelines import prepare
@@ -189,20 +190,20 @@ def test_jobs_in_any_order_make_the_same_data_set(many, order, tmp_path):
   _prepare(tmp_path / 'whole', many)
   out = tmp_path / 'out'
   for index in order[:-1]:
-    assert not _prepare(out, many, shard=prepare.Shard(index, 3))
+    assert not _prepare(out, many, shard=job_shard.Shard(index, 3))
     assert not out.exists()
     with pytest.raises(tfds_dataset.DatasetError, match='not complete yet'):
       sources.open_source(f'prepared:{out}')
-  assert _prepare(out, many, shard=prepare.Shard(order[-1], 3))
+  assert _prepare(out, many, shard=job_shard.Shard(order[-1], 3))
   assert _files(out) == _files(tmp_path / 'whole')
   assert not tfds_dataset.staging_folder(out).exists()
-  assert _prepare(out, many, shard=prepare.Shard(0, 3))  # nothing to do
+  assert _prepare(out, many, shard=job_shard.Shard(0, 3))  # nothing to do
 
 
 def test_a_job_can_be_done_again_as_other_shares(many, tmp_path):
   out = tmp_path / 'out'
-  _prepare(out, many, shard=prepare.Shard(0, 2))
-  _prepare(out, many, shard=prepare.Shard(0, 2))
+  _prepare(out, many, shard=job_shard.Shard(0, 2))
+  _prepare(out, many, shard=job_shard.Shard(0, 2))
   assert _prepare(out, many)
   _prepare(tmp_path / 'whole', many)
   assert _files(out) == _files(tmp_path / 'whole')
@@ -255,7 +256,7 @@ def test_a_full_disk_leaves_what_can_be_continued(many, tmp_path, monkeypatch):
 def test_what_a_killed_run_left_is_verified(many, damage, tmp_path):
   """A process that is killed leaves files of any kind under its own names."""
   out = tmp_path / 'out'
-  _prepare(out, many, shard=prepare.Shard(0, 2))  # pieces 0, 2 and 4
+  _prepare(out, many, shard=job_shard.Shard(0, 2))  # pieces 0, 2 and 4
   staging = tfds_dataset.staging_folder(out)
   (staging / 'train-00001.host-7.partial').write_bytes(b'half a piece')
   file = staging / 'speech-train.array_record-00002'
@@ -277,13 +278,13 @@ def test_merge_needs_all_pieces_and_no_source(many, tmp_path, monkeypatch):
   out = tmp_path / 'out'
   with pytest.raises(prepare.PrepareError, match='nothing to merge'):
     prepare.merge(out)
-  _prepare(out, many, shard=prepare.Shard(0, 2))
+  _prepare(out, many, shard=job_shard.Shard(0, 2))
   with pytest.raises(prepare.PrepareError, match='2 of 5 pieces are missing'):
     prepare.merge(out)
   with monkeypatch.context() as patch:
     # As if both jobs had looked before either had finished.
     patch.setattr(assembly, 'missing', lambda *_: [None])
-    assert not _prepare(out, many, shard=prepare.Shard(1, 2))
+    assert not _prepare(out, many, shard=job_shard.Shard(1, 2))
   shutil.rmtree(many.parent)
   prepare.merge(out)
   assert len(tfds_dataset.read(out, 'train')) == 10
@@ -293,7 +294,7 @@ def test_merge_needs_all_pieces_and_no_source(many, tmp_path, monkeypatch):
 def test_two_jobs_may_put_it_together_at_once(many, tmp_path, monkeypatch):
   """The second one finds, in the middle of it, that the folder is gone."""
   out = tmp_path / 'out'
-  _prepare(out, many, shard=prepare.Shard(0, 2))
+  _prepare(out, many, shard=job_shard.Shard(0, 2))
   real = assembly._write_statistics
 
   def slow(own, receipts):
@@ -302,7 +303,7 @@ def test_two_jobs_may_put_it_together_at_once(many, tmp_path, monkeypatch):
     return real(own, receipts)
 
   monkeypatch.setattr(assembly, '_write_statistics', slow)
-  assert _prepare(out, many, shard=prepare.Shard(1, 2))
+  assert _prepare(out, many, shard=job_shard.Shard(1, 2))
   monkeypatch.undo()
   assert prepare.verify(out)
   assert not tfds_dataset.staging_folder(out).exists()
@@ -312,20 +313,14 @@ def test_two_jobs_may_put_it_together_at_once(many, tmp_path, monkeypatch):
 
 def test_a_source_that_changed_is_not_continued(many, tmp_path):
   out = tmp_path / 'out'
-  _prepare(out, many, shard=prepare.Shard(0, 2))
+  _prepare(out, many, shard=job_shard.Shard(0, 2))
   manifest.write(many, manifest.read(many)[:-1])
   with pytest.raises(prepare.PrepareError, match='source has changed'):
     _prepare(out, many)
   assert _prepare(out, many, force=True)
   assert len(tfds_dataset.read(out, 'train')) == 9
   with pytest.raises(prepare.PrepareError, match='throw away'):
-    _prepare(out, many, shard=prepare.Shard(0, 2), force=True)
-
-
-@pytest.mark.parametrize(('index', 'count'), [(2, 2), (-1, 2), (0, 0)])
-def test_shares_are_counted_from_zero(index, count):
-  with pytest.raises(prepare.PrepareError, match='counts from 0'):
-    prepare.Shard(index, count)
+    _prepare(out, many, shard=job_shard.Shard(0, 2), force=True)
 
 
 def test_verify_names_what_is_damaged(corpus, tmp_path, capsys):
@@ -413,7 +408,7 @@ def test_processes_write_the_same(many, tmp_path):
 
 def test_a_receipt_is_of_one_plan(many, tmp_path):
   out = tmp_path / 'out'
-  _prepare(out, many, shard=prepare.Shard(0, 2))
+  _prepare(out, many, shard=job_shard.Shard(0, 2))
   staging = tfds_dataset.staging_folder(out)
   plan = pieces.read_plan(staging)
   assert plan is not None

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from data_pipelines import job_shard
 from data_pipelines import manifest
 from data_pipelines import prepare
 from data_pipelines import synthetic
@@ -82,7 +83,7 @@ def test_jobs_share_a_corpus_of_any_kind_and_verify_it(tmp_path):
   assert '1 of 2 pieces are there' in first.stdout
   assert not out.exists()
   specs = {split: f'kaldi:{tmp_path}/data' for split in ('train', 'dev')}
-  assert prepare.prepare(out, specs, shard=prepare.Shard(1, 2))
+  assert prepare.prepare(out, specs, shard=job_shard.Shard(1, 2))
   assert tfds_dataset.splits(out) == ['train', 'dev']
   (out / 'index-dev.jsonl').write_text('')
   check = _run(f'--out={out}', '--verify')

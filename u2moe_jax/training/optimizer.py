@@ -64,6 +64,16 @@ def decay_mask(params: PyTree) -> PyTree:
   return jax.tree_util.tree_map_with_path(decays, params)
 
 
+def optimizer_of(config: config_lib.Config) -> optax.GradientTransformation:
+  """The optimizer of an experiment."""
+  return make_optimizer(
+    config.optimizer,
+    num_steps=config.train.num_steps,
+    trainable=config.train.trainable,
+    freeze_steps=config.train.freeze_steps,
+  )
+
+
 def make_optimizer(
   config: config_lib.OptimizerConfig,
   *,
