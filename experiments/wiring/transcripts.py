@@ -154,7 +154,9 @@ class Parts:
       job_shard.Shard(i, self._shard.count) for i in range(self._shard.count)
     ]
     try:
-      if not all((self.folder / f'shard-{s}.done').exists() for s in shards):
+      if not all(
+        (self.folder / f'shard-{s.stem}.done').exists() for s in shards
+      ):
         return None
       # Of two that finish together, one gets to rename it.
       self.folder.rename(self._merging)
