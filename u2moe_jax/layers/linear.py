@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from collections.abc import Sequence
 from typing import cast
+from typing import TypeAlias
 
 from flax import linen as nn
 import jax
@@ -12,7 +13,7 @@ from u2moe_jax.array_types import Array
 from u2moe_jax.array_types import Float
 from u2moe_jax.sharding import axes
 
-Dtype = jnp.dtype | type | str
+Dtype: TypeAlias = jax.typing.DTypeLike
 
 
 def uniform_fan_in(fan_in: int):
