@@ -8,7 +8,7 @@ Command:
     --config.data.train=TRAIN.jsonl --config.data.dev=DEV.jsonl \\
     --workdir=WORKDIR
 Hardware: 2 CPU cores, under an hour.
-Expected: see docs/results.md.
+Expected: WER 10.0 % on the test split with rescoring, 10.5 % at chunk 16.
 """
 
 from experiments.configs import base
@@ -49,7 +49,7 @@ def get_config():
         learning_rate=2e-3, schedule='cosine', warmup_steps=300
       ),
       train=config_lib.TrainConfig(
-        num_steps=5000, ctc_weight=0.5, save_every=250, average_best=5
+        num_steps=7000, ctc_weight=0.5, save_every=250, average_best=5
       ),
       decode=config_lib.DecodeConfig(beam=20),
     )
