@@ -109,7 +109,8 @@ def run(options: harness.Options) -> Iterator[dict[str, Any]]:
     repeats = max(options.repeats, 2000 // num_tokens)
     for name, passes in _PASSES.items():
       measure = functools.partial(_measure, passes, x, plan, repeats)
-      dense = measure(_one_expert, layouts['separate'][0])['wall_s']
+      one = grouped_matmul.one_expert(stacked, 0)
+      dense = measure(_one_expert, one)['wall_s']
       for executor, layout in _CASES:
         record = {
           'bench': 'moe',

@@ -56,9 +56,9 @@ def get_config():
         learning_rate=2e-3, schedule='cosine', warmup_steps=250
       ),
       train=config_lib.TrainConfig(
-        num_steps=2550,
+        num_steps=2750,
         ctc_weight=0.5,
-        save_every=255,
+        save_every=275,
         average_best=3,
       ),
       # A wide beam: CTC by characters errs in single letters, and the decoders

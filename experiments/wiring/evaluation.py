@@ -23,7 +23,7 @@ _STREAMED: tuple[config_lib.DecodingMode, str] = (
 )
 # Hypotheses of the attention search, at most. Its cost goes with them, and more
 # do not help: the decoders alone prefer short texts, which wide beams find.
-_ATTENTION_BEAM = 10
+_ATTENTION_BEAM = 5
 # dB; a band holds its lower edge.
 _SNR_BANDS = ((5.0, 10.0), (10.0, 20.0), (20.0, 30.1))
 # Below this, rounding may decide which expert or hypothesis is taken.

@@ -54,6 +54,10 @@ _HASH_FACTORS = (0x9E3779B1, 0x85EBCA77)
 _HASH_FINISHERS = (0xC2B2AE3D, 0x27D4EB2F)
 # Rows a large vocabulary is folded into to find its best tokens quickly.
 _ROWS = 8
+# XLA:CPU runs a top-k on one core, and several side by side only where many are
+# ready at once: 16 utterances take 25 ms in one, 33 in two, 15 in 16 parts.
+_CPU_PARTS = 16
+_CPU_PART_ROWS = 8
 
 
 @struct.dataclass
@@ -386,19 +390,40 @@ def _top_tokens(
   count = min(count, vocabulary)
   columns = vocabulary // _ROWS
   if columns < 8 * count:
-    return lax.top_k(log_probs, count)
+    return _top_k(log_probs, count)
   rows = [
     log_probs[..., row * columns : (row + 1) * columns] for row in range(_ROWS)
   ]
   maxima = lax.optimization_barrier(functools.reduce(jnp.maximum, rows))
-  best = jnp.sort(lax.top_k(maxima, count)[1])  # [B, T, K], so ids ascend below
+  best = jnp.sort(_top_k(maxima, count)[1])  # [B, T, K], so ids ascend below
   starts = columns * jnp.arange(_ROWS)[None, None, :, None]
   inside = (starts + best[:, :, None]).reshape(*best.shape[:2], -1)
   rest = jnp.arange(_ROWS * columns, vocabulary)  # what no column holds
   rest = jnp.broadcast_to(rest[None, None], (*best.shape[:2], rest.size))
   ids = jnp.concatenate([inside, rest], axis=-1)
-  values, places = lax.top_k(_take_last(log_probs, ids), count)
+  values, places = _top_k(_take_last(log_probs, ids), count)
   return values, _take_last(ids, places)
+
+
+def _top_k(
+  array: Float[Array, 'B T size'], count: int
+) -> tuple[Float[Array, 'B T K'], Int[Array, 'B T K']]:
+  """`lax.top_k`, on all cores where it has many rows."""
+  rows = array.reshape(-1, array.shape[-1])
+  size = -(-len(rows) // _CPU_PARTS)
+  if jax.default_backend() != 'cpu' or size < _CPU_PART_ROWS:
+    return lax.top_k(array, count)
+  parts = [
+    lax.top_k(rows[start : start + size], count)
+    for start in range(0, len(rows), size)
+  ]
+  # The barrier keeps what follows out of them, as in `_choose`.
+  values, ids = zip(*lax.optimization_barrier(parts), strict=True)
+  shape = (*array.shape[:-1], count)
+  return (
+    jnp.concatenate(values).reshape(shape),
+    jnp.concatenate(ids).reshape(shape),
+  )
 
 
 def _take_last(

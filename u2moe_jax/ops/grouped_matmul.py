@@ -51,9 +51,37 @@ class OneExpert:
   b_out: Float[Array, 'D']
 
 
+@struct.dataclass
+class SeparateExpert:
+  """One of them, its matrices transposed.
+
+  XLA:CPU multiplies few rows faster with the matrix on the left: two layers of
+  640 x 2560 by 4, 8, 16, 64 and 128 rows take 0.76, 0.71, 0.77, 0.79 and 0.97
+  of the time.
+  """
+
+  w_in: Float[Array, 'M D']
+  b_in: Float[Array, 'M']
+  w_out: Float[Array, 'D M']
+  b_out: Float[Array, 'D']
+
+  @classmethod
+  def of(cls, one: OneExpert) -> 'SeparateExpert':
+    """Transposes an expert."""
+    return cls(
+      w_in=one.w_in.T, b_in=one.b_in, w_out=one.w_out.T, b_out=one.b_out
+    )
+
+  def transposed(self) -> OneExpert:
+    """Transposes it back."""
+    return OneExpert(
+      w_in=self.w_in.T, b_in=self.b_in, w_out=self.w_out.T, b_out=self.b_out
+    )
+
+
 # One array per expert and parameter: on CPU `blocked` then copies no slice of a
 # stack, which is what inference wants.
-SeparateWeights = tuple[OneExpert, ...]
+SeparateWeights = tuple[SeparateExpert, ...]
 
 
 @struct.dataclass
@@ -150,16 +178,19 @@ def one_expert(weights: ExpertWeights, index: Int[Array, ''] | int):
 
 def separate(weights: ExpertWeights) -> SeparateWeights:
   """Unstacks."""
-  return tuple(one_expert(weights, e) for e in range(weights.w_in.shape[0]))
+  return tuple(
+    SeparateExpert.of(one_expert(weights, e)) for e in range(len(weights.w_in))
+  )
 
 
 def stacked(weights: ExpertWeights | SeparateWeights) -> ExpertWeights:
   """Stacks what is not stacked."""
   if isinstance(weights, ExpertWeights):
     return weights
+  experts = [expert.transposed() for expert in weights]
 
   def stack(name):
-    return jnp.stack([getattr(expert, name) for expert in weights])
+    return jnp.stack([getattr(expert, name) for expert in experts])
 
   return ExpertWeights(
     w_in=stack('w_in'),

@@ -148,7 +148,20 @@ def make_train_step(
     in_shardings=(shardings, placement.batch_sharding(mesh, rules)),
     out_shardings=(shardings, placement.replicated(mesh)),
     donate_argnums=0,
+    compiler_options=_compiler_options(mesh),
   )
+
+
+def _compiler_options(mesh: jax.sharding.Mesh) -> dict[str, str] | None:
+  """What XLA is told about the steps of a mesh.
+
+  On CPU it makes the products of small layers with YNNPACK, whose threads cost
+  more than they bring: without, a step of the quickstart's model takes 0.88 of
+  the time (two cores).
+  """
+  if mesh.devices.flat[0].platform != 'cpu':
+    return None
+  return {'xla_cpu_experimental_ynn_fusion_type': ''}
 
 
 def eval_step(
@@ -193,4 +206,5 @@ def make_eval_step(
       placement.batch_sharding(mesh, rules),
     ),
     out_shardings=placement.replicated(mesh),
+    compiler_options=_compiler_options(mesh),
   )

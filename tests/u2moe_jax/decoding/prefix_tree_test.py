@@ -80,31 +80,30 @@ def test_rooms_are_few_and_hold_what_they_must(count, size):
 class _Rescoring:
   """A tiny MoE model with both decoders, and an n-best list."""
 
-  def __init__(self):
-    config = tiny.model_config(tiny.moe())
+  def __init__(self, config=None, lists=LISTS):
+    config = config or tiny.model_config(tiny.moe())
     self.model, self.params, _ = tiny.init(config)
     rng = np.random.default_rng(1)
-    self.frames = jnp.asarray(rng.normal(size=(2, 6, 16)), jnp.float32)
-    self.mask = jnp.arange(6)[None] < jnp.array([6, 4])[:, None]
-    tokens, lengths = _arrays()
-    scores = jnp.asarray(-np.sort(rng.random((2, 5)) * 3), jnp.float32)
+    rows = len(lists)
+    self.frames = jnp.asarray(rng.normal(size=(rows, 6, 16)), jnp.float32)
+    self.mask = jnp.arange(6)[None] < 6 - 2 * jnp.arange(rows)[:, None] % 6
+    tokens, lengths = _arrays(lists)
+    scores = jnp.asarray(-np.sort(rng.random((rows, 5)) * 3), jnp.float32)
     self.nbest = hypotheses.Hypotheses(
       tokens=tokens,
       lengths=lengths,
       scores=scores.at[1, 4].set(-jnp.inf),
       times=tokens,
-      margin=jnp.full((2,), jnp.inf),
+      margin=jnp.full((rows,), jnp.inf),
     )
 
   def by_rows(self, reverse_weight):
     """Each hypothesis by itself."""
     score = lambda reverse: programs.score_nbest(
-      self.model,
-      self.params,
-      self.nbest,
+      *programs.scorer(self.model, self.params, reverse=reverse),
+      programs.read_order(self.nbest, reverse=reverse),
       self.frames,
       self.mask,
-      reverse=reverse,
     )
     (forward, left), (backward, right) = score(False), score(True)
     margin = jnp.minimum(left, right) if reverse_weight else left
@@ -147,12 +146,72 @@ def test_the_tree_scores_as_the_rows_do(case, reverse_weight):
     jax.tree.map(compare, other, tree)
 
 
+def test_trees_of_like_size_are_grouped(monkeypatch):
+  counts = [60, 500, 1, 130, 700, 100]
+  [(rows, size)] = programs.group_trees(counts)
+  assert sorted(rows) == list(range(6))
+  assert size == 768
+  monkeypatch.setattr(programs, '_NODES_AT_ONCE', 1024)
+  groups = programs.group_trees(counts)
+  assert [(rows.tolist(), size) for rows, size in groups] == [
+    ([4], 768),
+    ([1, 3], 512),
+    ([5, 0, 2, 2, 2, 2], 128),
+  ]
+  groups = programs.group_trees(counts, parts=2)
+  assert [len(rows) for rows, _ in groups] == [2, 6]
+  # Rows without a frame are in no group; a batch of them has one all the same.
+  groups = programs.group_trees([0, 70, 0, 60], parts=1)
+  assert [(rows.tolist(), size) for rows, size in groups] == [
+    ([1, 3, 3, 3], 128)
+  ]
+  assert len(programs.group_trees([0, 0])) == 1
+
+
+def test_groups_score_as_the_batch_does(monkeypatch):
+  case = _Rescoring(lists=[*LISTS, [[3, 2], [3], [1], [], []]])
+  whole = case.by_tree(0.5)
+  sizes = []
+  group = programs.group_trees
+  monkeypatch.setattr(programs, '_NODES_AT_ONCE', 64)  # one at a time
+  monkeypatch.setattr(
+    programs,
+    'group_trees',
+    lambda *a, **k: sizes.append(group(*a, **k)) or sizes[-1],
+  )
+  parts = case.by_tree(0.5)
+  assert [len(groups) for groups in sizes] == [3, 3]
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), parts, whole
+  )
+  # The negative control: groups that come back in another order.
+  join = programs._join
+  monkeypatch.setattr(programs, '_join', lambda trees: join(trees[::-1]))
+  wrong = case.by_tree(0.5)
+  assert not np.allclose(wrong.l2r, whole.l2r, atol=1e-3)
+
+
+def test_both_decoders_share_what_is_compiled(case):
+  before = programs.score_tree._cache_size()
+  case.by_tree(0.5, rooms=(24,))
+  assert programs.score_tree._cache_size() == before + 1
+  # With as many blocks each; else each has its own.
+  config = tiny.model_config(tiny.moe())
+  decoder = dataclasses.replace(config.decoder, num_reverse_blocks=2)
+  other = _Rescoring(dataclasses.replace(config, decoder=decoder))
+  other.by_tree(0.5, rooms=(24,))
+  assert programs.score_tree._cache_size() == before + 3
+
+
 def test_a_node_that_sees_more_than_its_prefix_is_noticed(case):
   tokens, lengths = _arrays()
   tree = prefix_tree.build(tokens, lengths, sos_id=10, num_nodes=16)
   score = lambda tree: (
     programs.score_tree(
-      case.model, case.params, tree, case.frames, case.mask, reverse=False
+      *programs.scorer(case.model, case.params, reverse=False),
+      tree,
+      case.frames,
+      case.mask,
     ).ends
   )
   wide = jnp.tril(jnp.ones((16, 16), bool))[None] & tree.mask[:, None]

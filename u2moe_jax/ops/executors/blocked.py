@@ -99,14 +99,20 @@ def _run_blocks(activation, block_size, rows, weights, blocks):
     hidden = activation(hidden + expert.b_in[None])
     return _set_block(out, i, hidden @ expert.w_out + expert.b_out[None])
 
+  def run_columns(expert, i, out):
+    # Without the barriers XLA puts the matrices on the right again.
+    columns = jax.lax.optimization_barrier(_block(rows, i, block_size).T)
+    hidden = activation(expert.w_in @ columns + expert.b_in[:, None])
+    columns = expert.w_out @ hidden + expert.b_out[:, None]
+    return _set_block(out, i, jax.lax.optimization_barrier(columns).T)
+
   out = jnp.zeros_like(rows)
   if isinstance(weights, tuple):
     # A loop for each expert: its weights are read where they lie.
     for e, expert in enumerate(weights):
       start = blocks.end[e - 1] if e else 0
-      out = jax.lax.fori_loop(
-        start, blocks.end[e], functools.partial(_swap, run_block, expert), out
-      )
+      run_one = functools.partial(run_columns, expert)
+      out = jax.lax.fori_loop(start, blocks.end[e], run_one, out)
     return out
 
   def body(i, out):
@@ -114,10 +120,6 @@ def _run_blocks(activation, block_size, rows, weights, blocks):
     return run_block(i, expert, out)
 
   return jax.lax.fori_loop(0, blocks.end[-1], body, out)
-
-
-def _swap(function, expert, i, carry):
-  return function(i, expert, carry)
 
 
 def _run_blocks_forward(activation, block_size, rows, weights, blocks):
@@ -135,11 +137,13 @@ def _run_blocks_backward(activation, block_size, residuals, d_out):
     before = row @ expert.w_in + expert.b_in[None]
     hidden, pull_back = jax.vjp(activation, before)
     (d_before,) = pull_back(d_row_out @ expert.w_out.T)
+    # As products: XLA:CPU makes of sums over rows what took a tenth of a step.
+    ones = jnp.ones((block_size,), rows.dtype)
     d_expert = grouped_matmul.OneExpert(
       w_in=row.T @ d_before,
-      b_in=jnp.sum(d_before, axis=0),
+      b_in=ones @ d_before,
       w_out=hidden.T @ d_row_out,
-      b_out=jnp.sum(d_row_out, axis=0),
+      b_out=ones @ d_row_out,
     )
     return _set_block(d_rows, i, d_before @ expert.w_in.T), d_expert
 
@@ -149,9 +153,11 @@ def _run_blocks_backward(activation, block_size, residuals, d_out):
     d_weights = list(d_weights)
     for e, expert in enumerate(weights):
       start = blocks.end[e - 1] if e else 0
+      one = expert.transposed()
 
-      def add(i, carry, expert=expert):
+      def add(i, carry, expert=one):
         d_rows, d_expert = gradients(i, expert, carry[0])
+        d_expert = grouped_matmul.SeparateExpert.of(d_expert)
         return d_rows, jax.tree.map(_add, carry[1], d_expert)
 
       d_rows, d_weights[e] = jax.lax.fori_loop(
