@@ -5,6 +5,10 @@ import pathlib
 
 os.environ.setdefault('U2MOE_TYPECHECK', '1')
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# Tests compile much and run little.
+os.environ['XLA_FLAGS'] = (
+  f'{os.environ.get("XLA_FLAGS", "")} --xla_backend_optimization_level=0'
+)
 
 from absl import flags
 import jax

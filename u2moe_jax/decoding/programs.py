@@ -338,7 +338,7 @@ def _score(decoder, params, texts, frames, mask, *, rooms):
   places, done = np.zeros(len(counts), np.int32), 0
   for rows, size in groups:
     some = texts, frames, mask
-    if len(rows) == len(counts):
+    if len(groups) == 1 and len(rows) == len(counts):
       rows = np.arange(len(rows))
     else:
       # Onto the devices again: what is picked from them may lie on any.

@@ -184,6 +184,15 @@ def test_groups_score_as_the_batch_does(monkeypatch):
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), parts, whole
   )
+  # Small trees behind a large one, with room for the whole batch among them.
+  monkeypatch.setattr(programs, 'node_size', lambda n: 4 if n <= 4 else 12)
+  monkeypatch.setattr(programs, '_NODES_AT_ONCE', 12)
+  sizes.clear()
+  mixed = case.by_tree(0.5)
+  assert [len(rows) for rows, _ in sizes[0]] == [1, 1, 3]
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), mixed, whole
+  )
   # The negative control: groups that come back in another order.
   join = programs._join
   monkeypatch.setattr(programs, '_join', lambda trees: join(trees[::-1]))
