@@ -322,7 +322,15 @@ def search_rescoring(
   )
 
 
-def _score(decoder, params, texts, frames, mask, *, rooms):
+def _score(
+  decoder: Scorer,
+  params: PyTree,
+  texts: Texts,
+  frames: Float[Array, 'B T D'],
+  mask: Bool[Array, 'B T'],
+  *,
+  rooms: Sequence[int] | None,
+) -> tuple[Float[Array, 'B N U1'], Float[Array, 'B']]:
   """`score_nbest` by prefix trees, those of like size together."""
   counts = np.asarray(_count_nodes(texts))
   if rooms is not None:
@@ -391,7 +399,16 @@ def _join(trees: Sequence[PyTree]) -> PyTree:
   return jax.tree.map(lambda *x: jnp.concatenate(x), *trees)
 
 
-def _score_trees(decoder, params, texts, frames, mask, *, num_nodes):
+def _score_trees(
+  decoder: Scorer,
+  params: PyTree,
+  texts: Texts,
+  frames: Float[Array, 'B T D'],
+  mask: Bool[Array, 'B T'],
+  *,
+  num_nodes: int,
+) -> tuple[Float[Array, 'B N U1'], Float[Array, 'B']]:
+  """`score_nbest` by prefix trees with room for so many nodes."""
   tree = _build_tree(texts, sos_id=decoder.sos, num_nodes=num_nodes)
   scored = score_tree(decoder, params, tree, frames, mask)
   return _read_tree(scored, texts)
