@@ -386,7 +386,7 @@ def _activation_bytes(config, model, arrays) -> int:
         buffers,
         objective.Batch(**batch),
         config.train,
-        dropout_key=jax.random.key(0, impl='rbg'),
+        dropout_key=jax.random.key(0),
       ).loss
 
     return jax.vjp(loss, params)[1]

@@ -199,17 +199,11 @@ def main(folder: pathlib.Path) -> None:
   codes['truncated_step'] = truncate_newest(victim)
   go('after_truncation', 'victim', nothing)
 
-  # Dropout draws other masks on another mesh.
-  plain: dict[str, object] = {
-    f'model__encoder__{kind}dropout': 0.0
-    for kind in ('', 'attention_', 'positional_')
-  }
-  plain['train__num_steps'] = 6
-  go('alone', 'alone', nothing, **plain)
+  go('alone', 'alone', nothing, train__num_steps=6)
   shutil.copytree(folder / 'alone', folder / 'pair')
   forget(folder / 'pair', 6)
   arguments = chaos.train_flags(
-    manifest, folder / 'pair', mesh__data=2, **plain
+    manifest, folder / 'pair', mesh__data=2, train__num_steps=6
   )
   hosts = start_hosts(folder, 'pair', arguments, count=2)
   for index, child in enumerate(hosts):

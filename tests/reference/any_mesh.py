@@ -48,7 +48,14 @@ def config(kind: str) -> config_lib.Config:
   elif kind == 'capacity':
     # E / J times the even share is all tokens of a device.
     experts = tiny.moe(num_experts=8, executor='capacity', capacity_factor=4.0)
-  model = tiny.model_config(experts, num_heads=8, ffn_dim=16)
+  model = tiny.model_config(
+    experts,
+    num_heads=8,
+    ffn_dim=16,
+    dropout=0.1,
+    attention_dropout=0.1,
+    positional_dropout=0.1,
+  )
   # One decoder is enough, and compiles faster.
   decoder = dataclasses.replace(
     model.decoder, num_heads=8, ffn_dim=16, num_reverse_blocks=0

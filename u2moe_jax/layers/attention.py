@@ -12,6 +12,7 @@ from u2moe_jax.array_types import Bool
 from u2moe_jax.array_types import Float
 from u2moe_jax.array_types import Int
 from u2moe_jax.array_types import typechecked
+from u2moe_jax.layers import dropout as dropout_lib
 from u2moe_jax.layers import linear
 from u2moe_jax.layers import positional
 from u2moe_jax.ops import dot_product
@@ -144,9 +145,7 @@ class MultiHeadAttention(nn.Module):
     weights = dot_product.attention_weights(
       query, key, mask, key_score=key_score, layout=keys.layout
     )
-    weights = nn.Dropout(self.dropout)(
-      weights, deterministic=not self.has_rng('dropout')
-    )
+    weights = dropout_lib.Dropout(self.dropout)(weights)
     output = dot_product.weighted_values(
       weights, keys.value, layout=keys.layout
     )

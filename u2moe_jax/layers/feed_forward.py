@@ -8,6 +8,7 @@ from u2moe_jax.array_types import Float
 from u2moe_jax.array_types import typechecked
 from u2moe_jax.config import Activation
 from u2moe_jax.layers import activations
+from u2moe_jax.layers import dropout as dropout_lib
 from u2moe_jax.layers import linear
 from u2moe_jax.sharding import axes
 
@@ -39,9 +40,7 @@ class FeedForward(nn.Module):
       name='w_in',
     )(x)
     hidden = activations.get(self.activation)(hidden)
-    hidden = nn.Dropout(self.dropout)(
-      hidden, deterministic=not self.has_rng('dropout')
-    )
+    hidden = dropout_lib.Dropout(self.dropout)(hidden)
     return linear.dense(
       width,
       fan_in=self.hidden_dim,

@@ -11,6 +11,7 @@ from u2moe_jax.array_types import Float
 from u2moe_jax.array_types import typechecked
 from u2moe_jax.layers import attention
 from u2moe_jax.layers import convolution
+from u2moe_jax.layers import dropout as dropout_lib
 from u2moe_jax.layers import feed_forward
 from u2moe_jax.layers import linear
 from u2moe_jax.layers import moe
@@ -106,9 +107,7 @@ class ConformerBlock(nn.Module):
     return linear.layer_norm(f'norm_{name}')(x).astype(self.dtype)
 
   def _dropout(self, x):
-    return nn.Dropout(self.config.dropout)(
-      x, deterministic=not self.has_rng('dropout')
-    )
+    return dropout_lib.Dropout(self.config.dropout)(x)
 
   def _feed_forward(self, x, name, context, stats):
     config = self.config

@@ -25,6 +25,7 @@ from u2moe_jax.array_types import Int
 from u2moe_jax.array_types import PyTree
 from u2moe_jax.array_types import typechecked
 from u2moe_jax.layers import attention
+from u2moe_jax.layers import dropout as dropout_lib
 from u2moe_jax.layers import feed_forward
 from u2moe_jax.layers import linear
 from u2moe_jax.layers import moe
@@ -139,9 +140,7 @@ class DecoderLayer(nn.Module):
     return linear.layer_norm(f'norm_{name}')(x).astype(self.dtype)
 
   def _dropout(self, x):
-    return nn.Dropout(self.config.dropout)(
-      x, deterministic=not self.has_rng('dropout')
-    )
+    return dropout_lib.Dropout(self.config.dropout)(x)
 
   def _attention(self, name, dropout):
     return attention.MultiHeadAttention(
@@ -233,7 +232,9 @@ class TransformerDecoder(nn.Module):
       kernel_axes=(axes.EMBED, axes.VOCAB),
       dtype=self.dtype,
     )
-    self.positional_dropout = nn.Dropout(self.config.positional_dropout)
+    self.positional_dropout = dropout_lib.Dropout(
+      self.config.positional_dropout
+    )
 
   @property
   def _kinds(self) -> stack.Kinds:
@@ -354,7 +355,7 @@ class TransformerDecoder(nn.Module):
     x = self.embedding(tokens) * self.model_dim**0.5
     table = positional.sinusoids(positions, width=self.model_dim)
     x += table.astype(x.dtype)
-    return self.positional_dropout(x, deterministic=not self.has_rng('dropout'))
+    return self.positional_dropout(x)
 
   def _logits(self, x):
     x = self.norm(x).astype(self.dtype)

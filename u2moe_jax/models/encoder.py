@@ -13,6 +13,7 @@ from u2moe_jax.array_types import PyTree
 from u2moe_jax.array_types import typechecked
 from u2moe_jax.layers import attention
 from u2moe_jax.layers import convolution
+from u2moe_jax.layers import dropout as dropout_lib
 from u2moe_jax.layers import linear
 from u2moe_jax.layers import moe
 from u2moe_jax.layers import positional
@@ -68,7 +69,7 @@ class ConformerEncoder(nn.Module):
       dtype=self.dtype,
     )
     self.norm = linear.layer_norm()
-    self.positional_dropout = nn.Dropout(config.positional_dropout)
+    self.positional_dropout = dropout_lib.Dropout(config.positional_dropout)
 
   @property
   def geometry(self) -> subsampling.Geometry:
@@ -205,14 +206,11 @@ class ConformerEncoder(nn.Module):
       x = x + embedding.astype(x.dtype)
     elif config.position == 'rel_pos':
       embedding = positional.sinusoids(key_positions, width=width)
-      key_embedding = self._dropout(embedding.astype(x.dtype))
+      key_embedding = self.positional_dropout(embedding.astype(x.dtype))
     elif config.position == 'rope_pos':
       head_dim = width // config.num_heads
       rotation = positional.rotation(positions, head_dim=head_dim)
-    return self._dropout(x), key_embedding, rotation
-
-  def _dropout(self, x):
-    return self.positional_dropout(x, deterministic=not self.has_rng('dropout'))
+    return self.positional_dropout(x), key_embedding, rotation
 
 
 def _running(buffers) -> convolution.RunningStats | None:
