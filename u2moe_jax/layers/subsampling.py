@@ -98,7 +98,10 @@ class ConvSubsampling(nn.Module):
   def _convolve(self, x, index, size, stride):
     channels = x.shape[-1]
     init = linear.uniform_fan_in(size * size * channels)
-    names = (axes.CONV, None, None, axes.CONV_CHANNEL)
+    # The first makes the channels that the second sums over, so that one sum
+    # over the devices follows the two; the rest is small beside the second.
+    split = (None, axes.SUBSAMPLING, None)[index : index + 2]
+    names = (axes.CONV, None, *split)
     shape = (size, size, channels, self.width)
     kernel = linear.parameter(self, f'kernel_{index}', init, names, shape)
     bias = linear.parameter(

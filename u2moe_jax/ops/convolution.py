@@ -51,5 +51,6 @@ def conv2d(
     return rows[:, :, j : j + (num_bins - 1) * stride + 1 : stride]
 
   taps = [tap(i, j) for i in range(width) for j in range(width)]
-  patches = jnp.concatenate(taps, axis=-1)  # [B, T, F, W * W * D_in]
-  return patches @ kernel.reshape(-1, kernel.shape[-1])
+  # Channels keep an axis of their own, so that a mesh can split them.
+  patches = jnp.stack(taps, axis=-2)  # [B, T, F, W * W, D_in]
+  return jnp.tensordot(patches, kernel.reshape(-1, *kernel.shape[2:]), 2)

@@ -13,6 +13,7 @@ ROUTER = 'router'  # experts, as outputs of a router
 LAYERS = 'layers'  # stacked blocks
 CONV = 'conv'  # kernel width of a convolution
 CONV_CHANNEL = 'conv_channel'  # channels of a convolution
+SUBSAMPLING = 'subsampling'  # channels between the first two convolutions
 FEATURE = 'feature'  # flattened subsampling output
 
 # Axes of the device mesh.

@@ -21,6 +21,7 @@ STANDARD: Rules = (
   (axes.LAYERS, None),
   (axes.CONV, None),
   (axes.CONV_CHANNEL, None),
+  (axes.SUBSAMPLING, 'tensor'),
   (axes.FEATURE, None),
 )
 
