@@ -205,6 +205,8 @@ class EncoderConfig:
     num_heads: attention heads H; must divide `model_dim`.
     ffn_dim: hidden width M of each feed-forward layer or expert.
     subsampling: conv2d (x4), conv2d6 (x6) or conv2d8 (x8).
+    subsampling_channels: channels of its convolutions; 0 means `model_dim`, as
+      in the reference. Their cost goes with the square.
     position: rel_pos (absolute key positions), abs_pos, no_pos or rope_pos.
     conv_kernel: depthwise kernel width W; any if causal, odd otherwise.
     causal_conv: left-only context; streaming needs it.
@@ -234,6 +236,7 @@ class EncoderConfig:
   num_heads: int = 4
   ffn_dim: int = 2048
   subsampling: Subsampling = 'conv2d'
+  subsampling_channels: int = 0
   position: Position = 'rel_pos'
   conv_kernel: int = 8
   causal_conv: bool = True
@@ -266,6 +269,11 @@ class EncoderConfig:
       num_heads=self.num_heads,
       ffn_dim=self.ffn_dim,
       conv_kernel=self.conv_kernel,
+    )
+    _require(
+      self.subsampling_channels >= 0,
+      f'encoder.subsampling_channels={self.subsampling_channels} must not be '
+      'negative',
     )
     _require_rate(
       'encoder',

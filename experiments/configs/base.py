@@ -38,6 +38,7 @@ def u2pp(
   decoder_blocks: int = 3,
   vocab_size: int = 0,
   dropout: float = 0.1,
+  subsampling_channels: int = 0,
   scan_blocks: bool = True,
 ) -> config_lib.ModelConfig:
   """The U2++ recipe's model at a given size, dense or MoE in every FFN.
@@ -52,6 +53,7 @@ def u2pp(
     decoder_blocks: of each decoder.
     vocab_size: 0 takes that of the token table.
     dropout: everywhere.
+    subsampling_channels: see `config.EncoderConfig`.
     scan_blocks: without, a step of a small model costs a seventh less on a CPU
       (a scan copies what the backward pass needs) and compiles longer.
   """
@@ -63,6 +65,7 @@ def u2pp(
       model_dim=model_dim,
       num_heads=num_heads,
       ffn_dim=ffn_dim,
+      subsampling_channels=subsampling_channels,
       conv_kernel=conv_kernel,
       moe=moe,
       dropout=dropout,

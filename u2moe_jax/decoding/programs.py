@@ -33,6 +33,8 @@ from u2moe_jax.ops import sequences
 
 # Nodes of prefix trees that a decoder scores at once, on each device.
 _NODES_AT_ONCE = 8192
+# Encoder frames that it attends to, at least.
+_LEAST_FRAMES = 128
 
 
 @struct.dataclass
@@ -333,6 +335,8 @@ def _score(
 ) -> tuple[Float[Array, 'B N U1'], Float[Array, 'B']]:
   """`score_nbest` by prefix trees, those of like size together."""
   counts = np.asarray(_count_nodes(texts))
+  if rooms is None:
+    frames, mask = _lengthen(frames, mask)
   if rooms is not None:
     size = next((room for room in rooms if room >= counts.max()), None)
     if size is None:
@@ -385,6 +389,17 @@ def group_trees(
     groups.append((order[places], size))
     start += rows
   return groups
+
+
+@jax.jit
+def _lengthen(
+  frames: Float[Array, 'B T D'], mask: Bool[Array, 'B T']
+) -> tuple[Float[Array, 'B T2 D'], Bool[Array, 'B T2']]:
+  """Pads the time to a power of two: fewer shapes to compile."""
+  num_frames = mask.shape[1]
+  size = max(1 << (num_frames - 1).bit_length(), _LEAST_FRAMES)
+  more = ((0, 0), (0, size - num_frames))
+  return jnp.pad(frames, (*more, (0, 0))), jnp.pad(mask, more)
 
 
 @jax.jit

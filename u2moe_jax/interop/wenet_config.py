@@ -137,6 +137,12 @@ def to_yaml(
         f'model.{name}.moe.where={moe.where}: WeNet has experts in all '
         'feed-forward layers, or in none'
       )
+  channels = model.encoder.subsampling_channels
+  if channels not in (0, model.encoder.model_dim):
+    raise WenetError(
+      f'model.encoder.subsampling_channels={channels}: WeNet has as many as '
+      f'the width, {model.encoder.model_dim}'
+    )
   if decoder is None and model.decoder.num_blocks:
     two = model.decoder.num_reverse_blocks > 0
     decoder = 'bitransformer' if two else 'transformer'

@@ -70,12 +70,14 @@ class ConvSubsampling(nn.Module):
 
   Attributes:
     kind: conv2d (x4), conv2d6 or conv2d8.
-    width: channels, and output width D.
+    width: output width D.
+    channels: of the convolutions; 0 means D.
     dtype: compute type.
   """
 
   kind: Subsampling
   width: int
+  channels: int = 0
   dtype: linear.Dtype = jnp.float32
 
   @nn.compact
@@ -85,7 +87,7 @@ class ConvSubsampling(nn.Module):
     x = features[..., None].astype(self.dtype)  # [B, T, F, 1]
     for i, (size, stride) in enumerate(geometry(self.kind).stages):
       x = jax.nn.relu(self._convolve(x, i, size, stride))
-    x = jnp.swapaxes(x, 2, 3)  # [B, T, D, F]: channel-major, as the reference
+    x = jnp.swapaxes(x, 2, 3)  # [B, T, C, F]: channel-major, as the reference
     x = x.reshape(*x.shape[:2], -1)
     return linear.dense(
       self.width,
@@ -96,16 +98,16 @@ class ConvSubsampling(nn.Module):
     )(x)
 
   def _convolve(self, x, index, size, stride):
-    channels = x.shape[-1]
-    init = linear.uniform_fan_in(size * size * channels)
+    channels = self.channels or self.width
+    init = linear.uniform_fan_in(size * size * x.shape[-1])
     # The first makes the channels that the second sums over, so that one sum
     # over the devices follows the two; the rest is small beside the second.
-    split = (None, axes.SUBSAMPLING, None)[index : index + 2]
+    split = (None, axes.SUBSAMPLING, None, None)[index : index + 2]
     names = (axes.CONV, None, *split)
-    shape = (size, size, channels, self.width)
+    shape = (size, size, x.shape[-1], channels)
     kernel = linear.parameter(self, f'kernel_{index}', init, names, shape)
     bias = linear.parameter(
-      self, f'bias_{index}', init, names[-1:], (self.width,)
+      self, f'bias_{index}', init, names[-1:], (channels,)
     )
     x = convolution.conv2d(x, kernel.astype(x.dtype), stride=stride)
     return x + bias.astype(x.dtype)[None, None, None]

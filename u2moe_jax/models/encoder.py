@@ -60,7 +60,10 @@ class ConformerEncoder(nn.Module):
   def setup(self):
     config = self.config
     self.subsampling = subsampling.ConvSubsampling(
-      config.subsampling, config.model_dim, dtype=self.dtype
+      config.subsampling,
+      config.model_dim,
+      config.subsampling_channels,
+      dtype=self.dtype,
     )
     self.blocks = stack.build(
       conformer_block.ConformerBlock,

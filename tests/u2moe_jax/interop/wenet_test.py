@@ -366,6 +366,9 @@ def test_a_model_that_the_reference_has_not_is_refused():
   moe = tiny.moe(router_type='softmax_topk')
   with pytest.raises(wenet.WenetError, match='softmax_topk'):
     wenet.to_yaml(tiny.model_config(moe), config_lib.FeatureConfig())
+  narrow = tiny.model_config(subsampling_channels=8)
+  with pytest.raises(wenet.WenetError, match='subsampling_channels=8'):
+    wenet.to_yaml(narrow, config_lib.FeatureConfig())
   config = _variation('dense')
   params, buffers = _variables(config)
   with pytest.raises(wenet.WenetError, match='no params.forward_decoder'):

@@ -1,5 +1,6 @@
 """The arithmetic of subsampling, and that the layer obeys it."""
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,11 +37,14 @@ def test_a_window_gives_exactly_its_frames(kind):
 
 
 @pytest.mark.parametrize('kind', _KINDS)
-def test_the_layer_has_the_geometry_of_its_kind(kind):
+@pytest.mark.parametrize('channels', [0, 3])
+def test_the_layer_has_the_geometry_of_its_kind(kind, channels):
   geometry = subsampling.geometry(kind)
-  layer = subsampling.ConvSubsampling(kind, 4)
+  layer = subsampling.ConvSubsampling(kind, 4, channels)
   features = jnp.zeros((2, geometry.window(3), 16))
   variables = jax.eval_shape(lambda: layer.init(jax.random.key(0), features))
+  kernel = nn.meta.unbox(variables)['params']['kernel_1']
+  assert kernel.shape[2:] == 2 * (channels or 4,)
   for extra in range(geometry.rate + 1):
     longer = jnp.zeros((2, geometry.window(3) + extra, 16))
     shape = jax.eval_shape(layer.apply, variables, longer).shape
