@@ -27,8 +27,8 @@ _TOP_K = flags.DEFINE_integer('top_k', 2, 'Experts per frame.')
 _WHERE = flags.DEFINE_string(
   'where',
   'all',
-  'Layers that get experts: all, encoder, decoder, final_ffn, every:2, or a '
-  'comma list such as encoder.6-11.final,decoder.0.',
+  'Layers that get experts: all, encoder, decoder, final_ffn, every:2, a comma '
+  'list such as encoder.6-11.final,decoder.0, or a pattern: encoder.*.final.',
 )
 _ROUTER_TYPE = flags.DEFINE_enum(
   'router_type',

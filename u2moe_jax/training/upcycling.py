@@ -12,6 +12,7 @@ Arrays are made one at a time, and of each only the parts that a device holds:
 
 from collections.abc import Callable
 import dataclasses
+import fnmatch
 import functools
 import math
 import zlib
@@ -36,6 +37,7 @@ _DENSE = {
 }
 _EXPERTS = {dense: expert for expert, dense in _DENSE.items()}
 _ROUTER = 'router/kernel'
+_WILDCARDS = frozenset('*?[')
 
 Index = tuple[slice, ...]
 
@@ -91,7 +93,8 @@ def moe_config(
     top_k: experts J per frame.
     where: layers that get experts, a comma list of terms as in
       `MoeConfig.where`. A term is for every part that has such a layer, or for
-      `encoder.TERM` or `decoder.TERM` only; a part alone means all of it.
+      `encoder.TERM` or `decoder.TERM` only; a part alone means all of it. One
+      with a wildcard is a pattern of layer names such as `encoder.3.final`.
     router_type: see `MoeConfig`.
 
   Raises:
@@ -133,8 +136,8 @@ def moe_config(
 def _where_by_part(model: config_lib.ModelConfig, where: str) -> dict[str, str]:
   """`MoeConfig.where` of each part that gets experts."""
   chosen: dict[str, list[str]] = {}
-  for word in where.split(','):
-    term = word.strip().removesuffix('_ffn')  # final_ffn says what final is
+  words = [word.strip().removesuffix('_ffn') for word in where.split(',')]
+  for term in (term for word in words for term in _layers(model, word)):
     part, _, rest = term.partition('.')
     wanted = {part: rest or 'all'} if part in _PARTS else {}
     fitting = {
@@ -153,6 +156,25 @@ def _where_by_part(model: config_lib.ModelConfig, where: str) -> dict[str, str]:
     part: 'all' if _is_everything(model, part, terms) else ','.join(terms)
     for part, terms in chosen.items()
   }
+
+
+def _layers(model: config_lib.ModelConfig, pattern: str) -> list[str]:
+  """The layers that a pattern fits; what has no wildcard is itself."""
+  if not _WILDCARDS.intersection(pattern):
+    return [pattern]
+  names = [
+    f'{part}.{block}.{ffn}'
+    for part in _PARTS
+    for block, ffns in enumerate(_kinds(model, part, 'all'))
+    for ffn in ffns
+  ]
+  fitting = fnmatch.filter(names, pattern)
+  if not fitting:
+    raise UpcyclingError(
+      f'where={pattern!r} fits no feed-forward layer; their names are '
+      f'{names[0]} to {names[-1]}'
+    )
+  return fitting
 
 
 def _kinds(model: config_lib.ModelConfig, part: str, where: str) -> stack.Kinds:

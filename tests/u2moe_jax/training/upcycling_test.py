@@ -98,6 +98,9 @@ def test_the_grown_model_is_the_dense_one():
     ('every:2', 'every:2', 'every:2'),
     ('encoder.every:2,decoder.ffn', 'every:2', 'ffn'),
     ('encoder.1.final_ffn', '1.final', None),
+    ('encoder.[1-9].*', '1.macaron,1.final', None),
+    ('*.0.f*', '0.final', '0.ffn'),
+    ('*', 'all', '0.ffn,1.ffn'),
   ],
 )
 def test_where_is_split_by_part(where, encoder, decoder):
@@ -294,6 +297,7 @@ def test_no_device_gets_more_than_its_share():
     ({'where': 'encoder.7'}, 'chooses no feed-forward.*2 encoder blocks'),
     ({'where': 'decoder.final'}, 'chooses no feed-forward layer'),
     ({'where': 'nowhere'}, 'cannot be read'),
+    ({'where': 'encoder.?.ffn'}, r'encoder\.0\.macaron to decoder\.1\.ffn'),
     ({'where': 'all,decoder.5'}, "where='decoder.5' chooses no"),
   ],
 )

@@ -1,0 +1,279 @@
+"""Runs arms, each in a work directory of its own, and measures them."""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+import dataclasses
+import json
+import math
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from data_pipelines import sources
+from experiments.reporting import metrics_log
+from experiments.studies import design
+from experiments.wiring import decoding
+from experiments.wiring import preparing
+from experiments.wiring import training
+from experiments.wiring import upcycling
+from u2moe_jax import config as config_lib
+from u2moe_jax.checkpoint import contents
+from u2moe_jax.checkpoint import directory
+from u2moe_jax.decoding import recognizer as recognizer_lib
+from u2moe_jax.models import u2
+from u2moe_jax.training import parameters
+
+_MOMENTS = {'mu', 'nu'}
+Entry = dict[str, Any]
+
+
+class ReceiptError(ValueError):
+  """A grown model that does not compute what the dense one does."""
+
+
+def run(
+  arms: Sequence[design.Arm],
+  root: pathlib.Path,
+  *,
+  say: Callable[[str], None],
+  after: Callable[[Sequence[Entry]], None],
+) -> bool:
+  """Trains and decodes every arm; what is done is not repeated.
+
+  Args:
+    arms: each behind the one that it starts from.
+    root: work directory of the study.
+    say: told what happens.
+    after: called with what is known, behind every arm.
+
+  Returns:
+    False if a signal stopped it; everything is saved, and the same call goes
+    on from there.
+
+  Raises:
+    ReceiptError: if growing changes what the model computes.
+    ValueError: for whatever cannot be used; says why.
+  """
+  entries = []
+  for number, arm in enumerate(arms, 1):
+    say(f'{arm.folder}: {arm.title} ({number} of {len(arms)})')
+    entry = _run_one(arm, root, say)
+    if entry is None:
+      return False
+    entries.append(entry)
+    after(entries)
+    jax.clear_caches()  # the next arm has programs of its own
+  return True
+
+
+def _run_one(
+  arm: design.Arm, root: pathlib.Path, say: Callable[[str], None]
+) -> Entry | None:
+  workdir = root / arm.folder
+  file = workdir / 'arm.json'
+  asked = _asked(arm)
+  if file.is_file():
+    entry = json.loads(file.read_text(encoding='utf-8'))
+    if entry['asked'] == asked:
+      say('  done already')
+      return entry
+  source = _source(arm, root, say)
+  model = source
+  if arm.config is not None:
+    config = _complete(arm.config, arm, root, source)
+    if not training.train(config, workdir):
+      return None
+    model = workdir
+  assert model is not None  # an arm without training has a start
+  workdir.mkdir(parents=True, exist_ok=True)
+  entry = {
+    'asked': asked,
+    'study': arm.study,
+    'seed': arm.seed,
+    'letter': arm.letter,
+    'title': design.TITLES[arm.letter],
+    'start': arm.start,
+    'search': arm.decode.mode,
+    **sizes(model),
+    **_history(workdir if arm.config is not None else None),
+    'wer': _decode(arm, model, workdir, say),
+  }
+  preparing.write_json(file, entry)
+  return entry
+
+
+def _asked(arm: design.Arm) -> Any:
+  """What decides the result, as JSON gives it back."""
+  config = None
+  if arm.config is not None:
+    config = config_lib.to_dict(arm.config)
+  asked = {
+    'config': config,
+    'decode': config_lib.to_dict(arm.decode),
+    'tests': [dataclasses.asdict(each) for each in arm.tests],
+    'start': arm.start,
+    'growth': arm.growth and dataclasses.asdict(arm.growth),
+  }
+  return json.loads(json.dumps(asked))
+
+
+def _source(
+  arm: design.Arm, root: pathlib.Path, say: Callable[[str], None]
+) -> pathlib.Path | None:
+  """The model that an arm starts from; grown first, once for all arms."""
+  if not arm.start:
+    return None
+  dense = root / arm.start / 'model'
+  if arm.growth is None:
+    return dense
+  grown = root / arm.start / 'grown'
+  asked = dataclasses.asdict(arm.growth)
+  if grown.is_dir():
+    record = directory.describe(grown).provenance['upcycling']
+    for name, value in asked.items():
+      if record[name] != value:
+        raise config_lib.ConfigError(
+          f'{grown} has {name}={record[name]}, not {value}; choose another '
+          '--workdir, or remove it'
+        )
+    return grown
+  say(f'  growing {arm.growth.num_experts} experts')
+  if not upcycling.upcycle(
+    dense, grown, arm.growth, manifest=arm.tests[0].test
+  ):
+    raise ReceiptError(
+      f'{dense}: with experts it does not compute the same, see above'
+    )
+  return grown
+
+
+def _complete(
+  config: config_lib.Config,
+  arm: design.Arm,
+  root: pathlib.Path,
+  source: pathlib.Path | None,
+) -> config_lib.Config:
+  """Fills in what the start decides: model, weights, tokens, CMVN."""
+  if arm.like:
+    like = root / arm.like
+    data = dataclasses.replace(
+      config.data,
+      tokens=str(like / 'tokens'),
+      cmvn=str(like / 'global_cmvn.json'),
+    )
+    config = dataclasses.replace(config, data=data)
+  if source is None:
+    return config
+  train = dataclasses.replace(config.train, init_from=str(source))
+  model = directory.describe(source).model
+  return dataclasses.replace(config, model=model, train=train)
+
+
+def sizes(path: pathlib.Path) -> Entry:
+  """Parameters of a checkpoint, what of them trains, and what Adam keeps.
+
+  Args:
+    path: a model directory, or the work directory of a training.
+
+  Returns:
+    Counts, and bytes; those of the moments as they lie in the newest step, so
+    0 where there is none.
+  """
+  model = directory.find(path).description.model
+  total, active = u2.count_params(model)
+  found = {
+    'parameters': total,
+    'active_parameters': active,
+    'trainable_parameters': 0,
+    'trainable_bytes': 0,
+    'moment_bytes': 0,
+  }
+  if not (path / 'config.json').is_file():
+    return found
+  tree = json.loads((path / 'config.json').read_text(encoding='utf-8'))
+  spec = config_lib.from_dict(config_lib.Config, tree).train.trainable
+  is_chosen = parameters.selector(spec)
+  leaves = parameters.paths(directory.abstract_variables(model)['params'])
+  chosen = [leaf for name, leaf in leaves.items() if is_chosen(name)]
+  found['trainable_parameters'] = sum(math.prod(x.shape) for x in chosen)
+  found['trainable_bytes'] = sum(
+    math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in chosen
+  )
+  newest = directory.step_folders(path)[-1]
+  found['moment_bytes'] = _moment_bytes(newest / 'optimizer')
+  return found
+
+
+def _moment_bytes(item: pathlib.Path) -> int:
+  """Of both of Adam's moments in a saved optimizer state, float32."""
+  return sum(
+    4 * math.prod(shape)
+    for path, shape in contents.saved_shapes(item).items()
+    if _MOMENTS & set(path.split('/'))
+  )
+
+
+def _history(workdir: pathlib.Path | None) -> Entry:
+  """Updates, seconds and the curve of a training, restarts included."""
+  if workdir is None:
+    return {'updates': 0, 'seconds': 0.0, 'dev': []}
+  log = metrics_log.read(workdir / 'metrics.jsonl')
+  speed = log.series('train', 'steps_per_second')
+  # Of the windows between two lines; compiling, evaluating and saving apart.
+  spent = np.cumsum(np.diff(speed.steps, prepend=0) / speed.values)
+  wer = log.series('dev', 'wer').finite()
+  seconds = np.interp(wer.steps, speed.steps, spent)
+  entry: Entry = {
+    'updates': int(speed.steps[-1]),
+    'seconds': round(float(spent[-1]), 1),
+    'dev': [
+      {'step': int(step), 'wer': float(value), 'seconds': round(float(s), 1)}
+      for step, value, s in zip(wer.steps, wer.values, seconds, strict=True)
+    ],
+  }
+  low = log.series('train', 'expert_load_low').finite()
+  if len(low):
+    high = log.series('train', 'expert_load_high').finite()
+    entry['load_low'] = round(float(np.mean(low.values[-10:])), 4)
+    entry['load_high'] = round(float(np.mean(high.values[-10:])), 4)
+  return entry
+
+
+def _decode(
+  arm: design.Arm,
+  model: pathlib.Path,
+  workdir: pathlib.Path,
+  say: Callable[[str], None],
+) -> dict[str, dict[str, float]]:
+  """Per cent by corpus, and by pass: `dev`, `greedy` and `test`.
+
+  The first is by the search of the curves, the CTC best path, the last as the
+  arm says.
+  """
+  recognizer = recognizer_lib.Recognizer.from_checkpoint(
+    model, config=arm.decode
+  )
+  greedy = dataclasses.replace(arm.decode, mode='ctc_greedy_search')
+  found: dict[str, dict[str, float]] = {}
+  for corpus in arm.tests:
+    found[corpus.name] = {}
+    for name, split, config in (
+      ('dev', 'dev', greedy),
+      ('greedy', 'test', greedy),
+      ('test', 'test', arm.decode),
+    ):
+      say(f'  decoding {corpus.name}, {split}: {config.mode}')
+      source = sources.open_source(
+        getattr(corpus, split),
+        split=split,
+        sample_rate=recognizer.description.features.sample_rate,
+      )
+      summary, _ = decoding.run(
+        recognizer.with_config(config),
+        source,
+        out=workdir / 'transcripts' / f'{corpus.name}-{name}.jsonl',
+      )
+      found[corpus.name][name] = summary.to_json()['wer']
+  return found

@@ -1,0 +1,292 @@
+"""The study in Markdown, to be pasted into docs/results.md."""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+
+from experiments.studies import levels as levels_lib
+
+Entry = Mapping[str, Any]
+Group = Mapping[str, Entry]
+_HEADINGS = {
+  'builtin': 'Built-in corpus (synthetic speech)',
+  'an4': 'AN4 (recordings)',
+  'shift': 'From the built-in corpus to AN4',
+}
+_NONE = '-'
+# Relative to the dense start, and training time to the same error rate, as the
+# abstract of arXiv 2412.17507 says.
+_PAPER_REDUCTION, _PAPER_SAVING = 11.9, 86.7
+
+
+def markdown(entries: Sequence[Entry]) -> str:
+  """All tables, each study and seed apart.
+
+  Args:
+    entries: of the arms that are done.
+  """
+  parts = []
+  for (study, seed), group in groups(entries).items():
+    parts.append(f'### {_HEADINGS[study]}, seed {seed}')
+    if study == 'shift':
+      parts.append(_shift(group))
+      continue
+    parts.append(_arms(group))
+    if 'a' in group:
+      parts.append(_levels(group))
+    parts.append(_sizes(group))
+  parts += ['### Expected and found', _claims(entries)]
+  return '\n\n'.join(part for part in parts if part) + '\n'
+
+
+def groups(entries: Sequence[Entry]) -> dict[tuple[str, int], dict[str, Entry]]:
+  """Entries by study and seed, then by letter."""
+  found: dict[tuple[str, int], dict[str, Entry]] = {}
+  for entry in entries:
+    key = entry['study'], entry['seed']
+    found.setdefault(key, {})[entry['letter']] = entry
+  return found
+
+
+def start_of(entry: Entry, group: Group) -> Entry | None:
+  """The dense training that an arm continued; None if it is fresh."""
+  return group.get('a') if entry['start'] else None
+
+
+def rate(entry: Entry, name: str, corpus: str = '') -> float:
+  """An error rate: `dev`, `greedy` or `test`.
+
+  Args:
+    entry: of an arm.
+    name: see `running`.
+    corpus: which; empty: the first.
+  """
+  rates = entry['wer']
+  return rates[corpus or next(iter(rates))][name]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  lines = [head, ['---'] * len(head), *rows]
+  return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
+def _name(entry: Entry) -> str:
+  return f'({entry["letter"]}) {entry["title"]}'
+
+
+def _signed(value: float) -> str:
+  return f'{value:+.1f}'
+
+
+def _arms(group: Group) -> str:
+  head = (
+    'arm',
+    'updates',
+    'with the dense',
+    'minutes',
+    'with the dense',
+    'greedy dev WER %',
+    'greedy test WER %',
+    'test WER %',
+    'against (a), %',
+    'against (b), %',
+  )
+  return _table(head, [_arm_row(entry, group) for entry in group.values()])
+
+
+def _arm_row(entry: Entry, group: Group) -> list[str]:
+  dense = start_of(entry, group)
+  before = (dense['updates'], dense['seconds']) if dense else (0, 0.0)
+  rescored = rate(entry, 'test')
+  against = []
+  for letter in ('a', 'b'):
+    other = group.get(letter)
+    if other is None or other is entry:
+      against.append(_NONE)
+      continue
+    theirs = rate(other, 'test')
+    against.append(_signed(-levels_lib.less(rescored, theirs)))
+  return [
+    _name(entry),
+    f'{entry["updates"]:,}',
+    f'{entry["updates"] + before[0]:,}',
+    f'{entry["seconds"] / 60:.1f}',
+    f'{(entry["seconds"] + before[1]) / 60:.1f}',
+    f'{rate(entry, "dev"):.2f}',
+    f'{rate(entry, "greedy"):.2f}',
+    f'{rescored:.2f}',
+    *against,
+  ]
+
+
+def chosen_levels(group: Group) -> list[float]:
+  """Levels of a study that its dense start has not reached."""
+  dense = group['a']
+  start = levels_lib.start_rate(dense, rate(dense, 'dev'))
+  curves = [e['dev'] for e in group.values() if e is not dense]
+  return levels_lib.choose(start, curves)
+
+
+def _levels(group: Group) -> str:
+  """Updates and minutes to each level: of the arm / with the dense training."""
+  dense = group['a']
+  start = levels_lib.start_rate(dense, rate(dense, 'dev'))
+  levels = chosen_levels(group)
+  if not levels:
+    return (
+      f'No arm was a tenth below the {start:.2f} % of the dense start (greedy '
+      'dev WER).'
+    )
+  rows = []
+  for entry in group.values():
+    if entry is dense:
+      continue
+    costs = [
+      levels_lib.cost(entry, level, start_of(entry, group)) for level in levels
+    ]
+    rows.append([_name(entry), *map(_cost, costs)])
+  head = ['arm', *(f'{level:.1f} %' for level in levels)]
+  return (
+    'Updates (minutes) to a greedy dev WER / the same with the dense training; '
+    f'the dense start has {start:.2f} %:\n\n{_table(head, rows)}'
+  )
+
+
+def _cost(cost: levels_lib.Cost | None) -> str:
+  if cost is None:
+    return _NONE
+  return (
+    f'{cost.updates:,} ({cost.seconds / 60:.1f}) / '
+    f'{cost.updates_in_all:,} ({cost.seconds_in_all / 60:.1f})'
+  )
+
+
+def _sizes(group: Group) -> str:
+  head = (
+    'arm',
+    'parameters',
+    'active',
+    'trained',
+    'their bytes',
+    'bytes of moments',
+    'moments / (2 x trained)',
+    'least, largest load of an expert %',
+  )
+  return _table(head, [_size_row(entry) for entry in group.values()])
+
+
+def _size_row(entry: Entry) -> list[str]:
+  load = _NONE
+  if 'load_low' in entry:
+    load = f'{100 * entry["load_low"]:.1f}, {100 * entry["load_high"]:.1f}'
+  share = entry['moment_bytes'] / (2 * entry['trainable_bytes'])
+  return [
+    _name(entry),
+    *(f'{entry[f"{kind}parameters"]:,}' for kind in ('', 'active_')),
+    f'{entry["trainable_parameters"]:,}',
+    f'{entry["trainable_bytes"]:,}',
+    f'{entry["moment_bytes"]:,}',
+    f'{share:.4f}',
+    load,
+  ]
+
+
+def _shift(group: Group) -> str:
+  head = (
+    'arm',
+    'updates',
+    'AN4 greedy test WER %',
+    'AN4 test WER %',
+    'built-in greedy test WER %',
+    'built-in test WER %',
+  )
+  rows = [
+    [
+      _name(entry) if entry['updates'] else '(a) dense, as it is',
+      f'{entry["updates"]:,}',
+      *(
+        f'{rate(entry, name, corpus):.2f}'
+        for corpus in ('an4', 'builtin')
+        for name in ('greedy', 'test')
+      ),
+    ]
+    for entry in group.values()
+  ]
+  return _table(head, rows)
+
+
+def _claims(entries: Sequence[Entry]) -> str:
+  """What the paper found, beside what was found here."""
+  rows = []
+  for (study, seed), group in groups(entries).items():
+    make = _shift_claims if study == 'shift' else _training_claims
+    rows += [
+      [claim, paper, f'{study} {seed}', found]
+      for claim, paper, found in make(group)
+    ]
+  head = ('claim', 'paper', 'study, seed', 'found')
+  return _table(head, rows)
+
+
+def _training_claims(group: Group) -> Iterator[tuple[str, str, str]]:
+  for letter in ('d', 'e'):
+    if {'a', 'b', letter} <= group.keys():
+      yield _error_claim(group, letter)
+  if {'a', 'c', 'd'} <= group.keys():
+    yield from _time_claims(group)
+  if {'d', 'f'} <= group.keys() and 'load_low' in group['f']:
+    low = [f'{100 * group[x]["load_low"]:.1f}' for x in 'df']
+    yield (
+      'balancing keeps experts busy',
+      'yes',
+      f'least load {low[0]} % with, {low[1]} % without',
+    )
+
+
+def _error_claim(group: Group, letter: str) -> tuple[str, str, str]:
+  ours = rate(group[letter], 'test')
+  found = ', '.join(
+    f'{_signed(-levels_lib.less(ours, rate(group[x], "test")))} % against ({x})'
+    for x in 'ab'
+  )
+  return (
+    f'({letter}) errs less than the dense model',
+    f'-{_PAPER_REDUCTION} % against the dense start',
+    found,
+  )
+
+
+def _time_claims(group: Group) -> Iterator[tuple[str, str, str]]:
+  """Training time at the lowest level that (c) and (d) have both reached."""
+  paper = f'up to -{_PAPER_SAVING} % training time'
+  claim = '(d) needs less training than (c)'
+  for level in reversed(chosen_levels(group)):
+    ours = levels_lib.cost(group['d'], level, group['a'])
+    theirs = levels_lib.cost(group['c'], level, None)
+    if ours is None or theirs is None:
+      continue
+    for name, mine in (
+      ('without', ours.seconds),
+      ('with', ours.seconds_in_all),
+    ):
+      change = -levels_lib.less(mine, theirs.seconds)
+      found = f'{_signed(change)} % to {level:.1f} % greedy dev WER'
+      yield f'{claim}, {name} the dense training', paper, found
+    return
+  yield claim, paper, 'no level that both have reached'
+
+
+def _shift_claims(group: Group) -> Iterator[tuple[str, str, str]]:
+  if not {'a', 'd', 'e'} <= group.keys():
+    return
+  rates: Callable[[str], str] = lambda letter: (
+    f'{rate(group[letter], "test", "builtin"):.1f}'
+  )
+  yield (
+    'freezing limits forgetting',
+    'yes',
+    f'first corpus: {rates("a")} % before, {rates("d")} % all trained, '
+    f'{rates("e")} % frozen',
+  )

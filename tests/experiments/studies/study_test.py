@@ -1,0 +1,210 @@
+"""The upcycling study on tones: a few steps of a dense and of a grown model."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import pytest
+
+from data_pipelines import synthetic
+from experiments.configs import base
+from experiments.configs import tiny
+from experiments.studies import design
+from experiments.studies import running
+from experiments.studies import study
+from experiments.wiring import training
+from experiments.wiring import upcycling
+from tests.reference import jax_cache
+from u2moe_jax import config as config_lib
+from u2moe_jax.checkpoint import directory
+from u2moe_jax.training import parameters
+
+_CHANGES = {
+  'data.num_workers': 1,
+  'data.batch_frames': 2000,
+  'data.max_batch_size': 8,
+  'mesh.data': 1,
+  'model.encoder.num_blocks': 1,
+  # What compiles fastest: CTC alone, and experts as one product.
+  'model.decoder.num_reverse_blocks': 0,
+  'model.decoder.num_blocks': 0,
+  'model.encoder.moe.executor': 'dense',
+  'decode.mode': 'ctc_greedy_search',
+}
+
+
+def _tree():
+  dense = base.with_experts(tiny.get_config(), num_experts=0)
+  config = config_lib.from_dict(config_lib.Config, dense.to_dict())
+  for path, value in _CHANGES.items():
+    config = config_lib.replace(config, path, value)
+  return config_lib.to_dict(config)
+
+
+@pytest.fixture(scope='module')
+def one_device():
+  """A mesh of one device, whatever the session has."""
+  devices = jax.devices
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(jax, 'devices', lambda *args: devices(*args)[:1])
+    yield
+
+
+@pytest.fixture(scope='module', autouse=True)
+def two_arms():
+  """Each arm compiles for seconds, and the others are as these (design)."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(design.LETTERS, 'an4', 'ae')
+    yield
+
+
+@pytest.fixture(scope='module')
+def request_(tmp_path_factory):
+  """Two arms on tones in place of recordings."""
+  folder = tmp_path_factory.mktemp('tones')
+  source = synthetic.write_corpus(folder, num_utterances=8, seed=1)
+  for split in ('train', 'dev', 'test'):
+    shutil.copy(source, folder / f'{split}.jsonl')
+  return study.Request(
+    form='quick',
+    studies=('an4',),
+    dense_steps=4,
+    more_steps=2,
+    every=2,
+    config={},
+    an4_config=_tree(),
+    an4=str(folder),
+    growth=upcycling.Request(num_experts=4),
+  )
+
+
+@pytest.fixture(scope='module')
+def workdir(request_, one_device, tmp_path_factory):
+  path = tmp_path_factory.mktemp('study')
+  with jax_cache.use(tmp_path_factory.mktemp('cache')):
+    assert study.run(request_, path)
+  return path
+
+
+@pytest.fixture(scope='module')
+def arms(workdir):
+  """Entries of study.json by letter."""
+  record = json.loads((workdir / 'study.json').read_text())
+  return {entry['letter']: entry for entry in record['arms']}
+
+
+def test_every_arm_is_trained_and_measured(arms):
+  assert list(arms) == ['a', 'e']
+  assert [each['updates'] for each in arms.values()] == [4, 2]
+  for entry in arms.values():
+    assert entry['seconds'] > 0
+    assert [point['step'] for point in entry['dev']] == [entry['updates']]
+    assert list(entry['wer']['an4']) == ['dev', 'greedy', 'test']
+
+
+def test_moments_weigh_what_trains(arms):
+  for letter, entry in arms.items():
+    share = entry['moment_bytes'] / (2 * entry['trainable_bytes'])
+    assert share == pytest.approx(1, rel=0.01), letter
+  dense, frozen = arms['a'], arms['e']
+  assert dense['trainable_parameters'] == dense['parameters']
+  # Not what moments of all parameters would weigh.
+  assert frozen['moment_bytes'] < 0.9 * 2 * 4 * frozen['parameters']
+
+
+def test_only_experts_and_routers_move_in_the_frozen_arm(workdir):
+  start = directory.restore(directory.find(workdir / 'an4-0' / 'a' / 'grown'))
+  trained = directory.restore(directory.find(workdir / 'an4-0' / 'e'))
+  moved = jax.tree.map(lambda a, b: bool((a != b).any()), start[0], trained[0])
+  is_chosen = parameters.selector(design.FROZEN_ARM_TRAINS)
+  found = {is_chosen(path): [] for path in parameters.paths(moved)}
+  for path, value in parameters.paths(moved).items():
+    found[is_chosen(path)].append(value)
+  assert all(found[True])
+  assert not any(found[False])
+
+
+def test_tables_and_plots_are_written(workdir):
+  text = (workdir / 'study.md').read_text()
+  assert '### AN4 (recordings), seed 0' in text
+  assert '| (e) UME, experts and routers train | 2 | 6 |' in text
+  names = {path.name for path in (workdir / 'plots').iterdir()}
+  assert names == {'an4-0.png', 'an4-0-e-load.png'}
+
+
+def test_a_second_run_repeats_nothing(workdir, request_, monkeypatch):
+  def refuse(*args, **kwargs):
+    raise AssertionError('trained or decoded again')
+
+  monkeypatch.setattr(training, 'train', refuse)
+  monkeypatch.setattr(running, '_decode', refuse)
+  before = (workdir / 'study.json').read_text()
+  assert study.run(request_, workdir)
+  assert (workdir / 'study.json').read_text() == before
+  longer = dataclasses.replace(request_, more_steps=4)
+  with pytest.raises(AssertionError, match='again'):
+    study.run(longer, workdir)
+
+
+def test_another_growth_needs_another_folder(workdir, request_):
+  other = dataclasses.replace(request_, growth=upcycling.Request(num_experts=2))
+  with pytest.raises(config_lib.ConfigError, match='num_experts=4, not 2'):
+    study.run(other, workdir)
+
+
+def test_a_signal_stops_between_steps(request_, tmp_path, monkeypatch):
+  monkeypatch.setattr(training, 'train', lambda *args: False)
+  said = []
+  assert not study.run(request_, tmp_path, say=said.append)
+  assert said[-1] == 'stopped; run again to continue'
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'an4': None}, 'needs recordings; give --an4'),
+    ({'studies': ('ted',)}, "no 'ted'; there are builtin, an4, shift"),
+    ({'studies': ('shift',)}, 'add that one'),
+    ({'more_steps': 3}, 'more=3 updates must be a multiple of the 2'),
+    ({'more_steps': 0}, 'more=0 updates must be a multiple of the 2'),
+    ({'an4': '/nowhere'}, 'train.jsonl: no such manifest'),
+  ],
+)
+def test_bad_requests_come_before_any_work(
+  request_, changes, message, tmp_path
+):
+  with pytest.raises(config_lib.ConfigError, match=message):
+    study.run(dataclasses.replace(request_, **changes), tmp_path)
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_growth_that_changes_the_model_stops_the_study(
+  workdir, request_, monkeypatch
+):
+  (workdir / 'an4-0' / 'a' / 'grown').rename(workdir / 'kept')
+  monkeypatch.setattr(upcycling, 'upcycle', lambda *args, **kwargs: False)
+  moved = dataclasses.replace(request_, more_steps=6)
+  monkeypatch.setattr(training, 'train', lambda *args: True)
+  monkeypatch.setattr(running, '_decode', lambda *args: {})
+  monkeypatch.setattr(running, '_history', lambda *args: {})
+  try:
+    with pytest.raises(running.ReceiptError, match='not compute the same'):
+      running.run(
+        [
+          arm
+          for arm in design.arms(
+            'an4',
+            0,
+            moved.recipe('an4'),
+            moved.lengths('an4'),
+            dict(study._corpora(moved, workdir)),
+          )
+          if arm.letter == 'e'
+        ],
+        workdir,
+        say=print,
+        after=lambda entries: None,
+      )
+  finally:
+    (workdir / 'kept').rename(workdir / 'an4-0' / 'a' / 'grown')

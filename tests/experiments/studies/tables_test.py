@@ -1,0 +1,175 @@
+"""The study's tables and claims, from made-up entries."""
+
+import copy
+import dataclasses
+
+import pytest
+
+from experiments.studies import design
+from experiments.studies import plots
+from experiments.studies import tables
+
+
+def _entry(letter, updates, rates, wer, study='builtin', **more):
+  """Two updates a second, a point every hundred."""
+  points = [
+    {'step': 100 * i, 'wer': rate, 'seconds': 50.0 * i}
+    for i, rate in enumerate(rates, 1)
+  ]
+  greedy = rates[-1] if rates else 50.0
+  return {
+    'study': study,
+    'seed': 0,
+    'letter': letter,
+    'title': design.TITLES[letter],
+    'start': '' if letter in 'ac' else f'{study}-0/a',
+    'updates': updates,
+    'seconds': updates / 2,
+    'dev': points,
+    'wer': {study: {'dev': greedy, 'greedy': greedy, 'test': wer}},
+    'parameters': 1000,
+    'active_parameters': 500,
+    'trainable_parameters': 250,
+    'trainable_bytes': 1000,
+    'moment_bytes': 2000,
+    **more,
+  }
+
+
+@pytest.fixture
+def entries():
+  return [
+    _entry('a', 300, [60.0, 40.0, 30.0], 20.0),
+    _entry('b', 200, [29.0, 25.0], 16.0),
+    _entry('c', 500, [70.0, 50.0, 35.0, 28.0, 22.0], 15.0),
+    _entry('d', 200, [24.0, 20.0], 12.0, load_low=0.1, load_high=0.4),
+    _entry('e', 200, [26.0, 23.0], 14.0, load_low=0.2, load_high=0.3),
+    _entry('f', 200, [25.0, 21.0], 13.0, load_low=0.01, load_high=0.9),
+  ]
+
+
+def _rows(text, start):
+  rows = [x for x in text.splitlines() if x.startswith(f'| {start}')]
+  return [[cell.strip() for cell in row.strip('|').split('|')] for row in rows]
+
+
+def test_rows_have_both_bills_and_both_comparisons(entries):
+  arm, cost, size, *_ = _rows(tables.markdown(entries), '(d)')
+  assert arm[1:5] == ['200', '500', '1.7', '4.2']
+  assert arm[5:] == ['20.00', '20.00', '12.00', '-40.0', '-25.0']
+  # 27, 24 and 21 per cent: 30 is where the dense start was.
+  assert cost[1:] == [
+    '100 (0.8) / 400 (3.3)',
+    '100 (0.8) / 400 (3.3)',
+    '200 (1.7) / 500 (4.2)',
+  ]
+  assert size[6:] == ['1.0000', '10.0, 40.0']
+  scratch = _rows(tables.markdown(entries), '(c)')
+  assert scratch[0][1:3] == ['500', '500']
+  assert scratch[1][1:] == [*['500 (4.2) / 500 (4.2)'] * 2, '-']
+
+
+def test_what_was_expected_stands_beside_what_was_found(entries):
+  found = {row[0]: row[1:] for row in _rows(tables.markdown(entries), '')}
+  assert found['(d) errs less than the dense model'] == [
+    '-11.9 % against the dense start',
+    'builtin 0',
+    '-40.0 % against (a), -25.0 % against (b)',
+  ]
+  # At 24 %, which (c) reaches after 250 s, (d) after 50, or 200 in all.
+  name = '(d) needs less training than (c), {} the dense training'
+  assert found[name.format('without')][2].startswith('-80.0 % to 24.0 %')
+  assert found[name.format('with')][2].startswith('-20.0 % to 24.0 %')
+  assert found['balancing keeps experts busy'][2] == (
+    'least load 10.0 % with, 1.0 % without'
+  )
+
+
+def test_a_study_that_finds_the_opposite_says_so(entries):
+  worse = copy.deepcopy(entries)
+  worse[3] = _entry('d', 200, [45.0, 40.0], 24.0, load_low=0.1, load_high=0.4)
+  text = tables.markdown(worse)
+  assert '+20.0 % against (a), +50.0 % against (b)' in text
+  assert 'no level that both have reached' in text
+  assert _rows(text, '(d)')[1][1:] == ['-', '-', '-']
+
+
+def test_what_is_missing_is_left_out(entries):
+  for count in range(1, len(entries)):
+    text = tables.markdown(entries[:count])
+    assert text.count('| (a) dense |') == 2
+    assert 'nan' not in text
+  assert 'No arm was a tenth below the 30.00 %' in tables.markdown(entries[:1])
+
+
+def test_forgetting_is_told_by_the_first_corpus():
+  entries = [
+    _entry(x, n, [40.0] if n else [], 30.0, 'shift')
+    for x, n in (('a', 0), ('d', 100), ('e', 100))
+  ]
+  for entry, rate in zip(entries, (10.0, 25.0, 15.0), strict=True):
+    entry['wer'] = {
+      corpus: dict.fromkeys(('dev', 'greedy', 'test'), value)
+      for corpus, value in (('an4', 50.0), ('builtin', rate))
+    }
+  text = tables.markdown(entries)
+  assert '10.0 % before, 25.0 % all trained, 15.0 % frozen' in text
+  assert _rows(text, '(a)') == [
+    ['(a) dense, as it is', '0', '50.00', '50.00', '10.00', '10.00']
+  ]
+
+
+def test_curves_are_drawn_where_there_are_any(entries):
+  (group,) = tables.groups(entries).values()
+  picture = plots.curves(group)
+  assert picture is not None
+  assert picture.startswith(b'\x89PNG')
+  assert plots.curves({'a': group['a']}) is not None
+  assert plots.curves({'a': {**group['a'], 'dev': []}}) is None
+
+
+def test_arms_stand_behind_what_they_start_from(tmp_path):
+  from experiments.configs import quickstart_dense
+  from experiments.wiring import upcycling
+  from u2moe_jax import config as config_lib
+
+  tree = quickstart_dense.get_config().to_dict()
+  recipe = design.Recipe(
+    config=config_lib.from_dict(config_lib.Config, tree),
+    growth=upcycling.Request(num_experts=4),
+  )
+  corpora = {
+    name: design.prepared(tmp_path, name) for name in ('builtin', 'an4')
+  }
+  lengths = design.Lengths(dense=300, more=200)
+  letters = {}
+  done = set()
+  for study in design.STUDIES:
+    arms = list(design.arms(study, 1, recipe, lengths, corpora))
+    letters[study] = ''.join(arm.letter for arm in arms)
+    for arm in arms:
+      assert {arm.start, arm.like} - {''} <= done
+      done.add(arm.folder)
+      if study == 'builtin':
+        continue
+      assert arm.tests[0].name == 'an4'
+    steps = {x.letter: x.config and x.config.train.num_steps for x in arms}
+    assert steps['b'] == steps['d'] == steps['e'] == 200
+    if study == 'builtin':
+      # At least the updates of (a) and (b).
+      assert steps['c'] == steps['a'] + steps['b']
+      by = {arm.letter: arm.config for arm in arms}
+      assert by['c'].model == recipe.growth.config(by['a'].model)
+      assert by['d'].train.balance_loss_weight == 0.1
+      assert by['f'].train.balance_loss_weight == 0.0
+      assert by['e'].train.trainable == 'experts,router'
+      # What continues is alike but for what is compared.
+      for letter, changes in (
+        ('d', {'balance_loss_weight': 0.1}),
+        ('e', {'balance_loss_weight': 0.1, 'trainable': 'experts,router'}),
+        ('f', {}),
+      ):
+        train = dataclasses.replace(by['b'].train, **changes)
+        assert by[letter] == dataclasses.replace(by['b'], train=train)
+      assert by['a'].train.seed == by['c'].train.seed != by['b'].train.seed
+  assert letters == {'builtin': 'abcdef', 'an4': 'abde', 'shift': 'abde'}
