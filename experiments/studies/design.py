@@ -31,6 +31,7 @@ TITLES = {
 LETTERS = {'builtin': 'abcdef', 'an4': 'abde', 'shift': 'abde'}
 STUDIES = tuple(LETTERS)
 _GROWN = 'def'
+_WITH_EXPERTS = f'c{_GROWN}'
 # Epochs in short-first order help a fresh model only.
 _CONTINUED = {'data.short_first_epochs': 0}
 
@@ -59,8 +60,8 @@ class Lengths:
   Attributes:
     dense: of the dense training.
     more: of each arm that continues it.
-    every: between two points of the curves of what continues; divides both.
-      Those of fresh models are twice as far apart, they cost time.
+    every: between two points of the curves; divides both. Those of the dense
+      training, which only has to be finished, are twice as far apart.
   """
 
   dense: int
@@ -132,6 +133,11 @@ class Arm:
     """What it is, in words."""
     return f'({self.letter}) {TITLES[self.letter]}'
 
+  @property
+  def has_experts(self) -> bool:
+    """Whether its model has experts."""
+    return self.letter in _WITH_EXPERTS
+
 
 def arms(
   study: str,
@@ -176,14 +182,16 @@ def _configs(
   config: config_lib.Config, seed: int, recipe: Recipe, lengths: Lengths
 ) -> dict[str, config_lib.Config]:
   """The training of each arm; a start brings its own model."""
-  every = lengths.every
   balance = {'train.balance_loss_weight': recipe.balance}
-  both = _fresh(seed, lengths.dense + lengths.more, every)
+  both = _fresh(seed, lengths.dense + lengths.more)
   scratch = _changed(config, both | balance)
   more = _changed(config, _continued(seed, recipe, lengths.more))
   balanced = _changed(more, balance)
   return {
-    'a': _changed(config, _fresh(seed, lengths.dense, every)),
+    'a': _changed(
+      config,
+      _fresh(seed, lengths.dense) | {'train.save_every': 2 * lengths.every},
+    ),
     'b': more,
     'c': dataclasses.replace(
       scratch, model=recipe.growth.config(scratch.model)
@@ -212,12 +220,8 @@ def _on(
   )
 
 
-def _fresh(seed: int, steps: int, every: int) -> dict[str, Any]:
-  return {
-    'train.seed': 777 + seed,
-    'train.num_steps': steps,
-    'train.save_every': 2 * every,
-  }
+def _fresh(seed: int, steps: int) -> dict[str, Any]:
+  return {'train.seed': 777 + seed, 'train.num_steps': steps}
 
 
 def _continued(seed: int, recipe: Recipe, steps: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 # Levels, as shares of the start's error rate.
-_SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+_SHARES = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
 
 @dataclasses.dataclass(frozen=True)

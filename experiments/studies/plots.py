@@ -1,6 +1,5 @@
 """Dev error rates of all arms, with and without the dense training."""
 
-from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +31,7 @@ def curves(group: tables.Group) -> bytes | None:
     shown = [e for e in drawn if in_all or e['letter'] != 'a']
     for entry in shown:
       _draw(axes, entry, group, in_all=in_all)
-    _fit(axes, shown)
+    _fit(axes, shown, group)
     drawing.step_axis(axes)
     axes.set_ylabel('per cent')
   above.set_title('Dev WER, greedy')
@@ -46,11 +45,12 @@ def curves(group: tables.Group) -> bytes | None:
 def _draw(
   axes: Any, entry: tables.Entry, group: tables.Group, *, in_all: bool
 ) -> None:
+  points = _points(entry, group)
   dense = tables.start_of(entry, group)
   offset = dense['updates'] if dense and in_all else 0
   axes.plot(
-    [offset + point['step'] for point in entry['dev']],
-    [point['wer'] for point in entry['dev']],
+    [offset + step for step, _ in points],
+    [wer for _, wer in points],
     marker='.',
     ls='-' if entry['start'] else '--',
     color=_COLOURS[entry['letter']],
@@ -58,7 +58,18 @@ def _draw(
   )
 
 
-def _fit(axes: Any, shown: Sequence[Mapping[str, Any]]) -> None:
-  values = [np.array([p['wer'] for p in entry['dev']]) for entry in shown]
+def _points(
+  entry: tables.Entry, group: tables.Group
+) -> list[tuple[int, float]]:
+  """Step and error rate; what continues begins where its start was."""
+  dense = tables.start_of(entry, group)
+  start = [(0, tables.rate(dense, 'dev'))] if dense else []
+  return start + [(point['step'], point['wer']) for point in entry['dev']]
+
+
+def _fit(axes: Any, shown: Sequence[tables.Entry], group: tables.Group) -> None:
+  values = [
+    np.array([wer for _, wer in _points(entry, group)]) for entry in shown
+  ]
   if values:
     drawing.value_axis(axes, values)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import time
 from typing import Any
 
 import jax
@@ -23,13 +24,15 @@ from u2moe_jax.checkpoint import contents
 from u2moe_jax.checkpoint import directory
 from u2moe_jax.decoding import recognizer as recognizer_lib
 from u2moe_jax.models import u2
+from u2moe_jax.text import scoring
 from u2moe_jax.training import parameters
 
 _MOMENTS = {'mu', 'nu'}
 Entry = dict[str, Any]
+_UNTRAINED: Entry = {'updates': 0, 'seconds': 0.0, 'dev': []}
 
 
-class ReceiptError(ValueError):
+class ReceiptError(RuntimeError):
   """A grown model that does not compute what the dense one does."""
 
 
@@ -56,59 +59,66 @@ def run(
     ReceiptError: if growing changes what the model computes.
     ValueError: for whatever cannot be used; says why.
   """
-  entries = []
-  for number, arm in enumerate(arms, 1):
-    say(f'{arm.folder}: {arm.title} ({number} of {len(arms)})')
-    entry = _run_one(arm, root, say)
-    if entry is None:
+  # Of all, so that nothing is done if one cannot be continued as asked.
+  known = [_begin(arm, root / arm.folder) for arm in arms]
+  entries: list[Entry] = []
+  for arm, entry in zip(arms, known, strict=True):
+    say(f'{arm.folder}: {arm.title} ({len(entries) + 1} of {len(arms)})')
+    is_new = 'wer' not in entry
+    if not is_new:
+      say('  done already')
+    elif not _run_one(arm, entry, root, say):
       return False
     entries.append(entry)
-    after(entries)
+    if is_new or len(entries) == len(arms):
+      after(entries)
     jax.clear_caches()  # the next arm has programs of its own
   return True
 
 
 def _run_one(
-  arm: design.Arm, root: pathlib.Path, say: Callable[[str], None]
-) -> Entry | None:
+  arm: design.Arm, entry: Entry, root: pathlib.Path, say: Callable[[str], None]
+) -> bool:
+  """Adds what became of an arm to its entry; False if a signal stopped it."""
   workdir = root / arm.folder
+  workdir.mkdir(parents=True, exist_ok=True)
+  preparing.write_json(workdir / 'arm.json', entry)
+  begun = time.monotonic()
+  try:
+    found = _measure(arm, root, say)
+    entry.update(found or {})
+  finally:
+    # However it ends: the next sitting adds its own.
+    entry['wall_seconds'] += round(time.monotonic() - begun, 1)
+    preparing.write_json(workdir / 'arm.json', entry)
+  return found is not None
+
+
+def _begin(arm: design.Arm, workdir: pathlib.Path) -> Entry:
+  """What is known of an arm; refuses to go on with it as another one.
+
+  That is stricter than training, which may be lengthened: here the length
+  decides the schedule.
+  """
   file = workdir / 'arm.json'
   asked = _asked(arm)
+  known = {}
   if file.is_file():
-    entry = json.loads(file.read_text(encoding='utf-8'))
-    if entry['asked'] == asked:
-      say('  done already')
-      return entry
-  source = _source(arm, root, say)
-  model = source
-  if arm.config is not None:
-    config = _complete(arm.config, arm, root, source)
-    if not training.train(config, workdir):
-      return None
-    model = workdir
-  assert model is not None  # an arm without training has a start
-  workdir.mkdir(parents=True, exist_ok=True)
-  entry = {
-    'asked': asked,
-    'study': arm.study,
-    'seed': arm.seed,
-    'letter': arm.letter,
-    'title': design.TITLES[arm.letter],
-    'start': arm.start,
-    'search': arm.decode.mode,
-    **sizes(model),
-    **_history(workdir if arm.config is not None else None),
-    'wer': _decode(arm, model, workdir, say),
-  }
-  preparing.write_json(file, entry)
-  return entry
+    known = json.loads(file.read_text(encoding='utf-8'))
+  if not known or not ('wer' in known or (workdir / 'config.json').is_file()):
+    return {'asked': asked, 'wall_seconds': 0.0}
+  changed = preparing.differences(_filled_in(known['asked']), asked)
+  if changed:
+    raise config_lib.ConfigError(
+      f'{workdir} holds an arm with another {changed[0]!r}; ask for the same, '
+      'or choose another --workdir'
+    )
+  return known
 
 
-def _asked(arm: design.Arm) -> Any:
+def _asked(arm: design.Arm) -> Entry:
   """What decides the result, as JSON gives it back."""
-  config = None
-  if arm.config is not None:
-    config = config_lib.to_dict(arm.config)
+  config = None if arm.config is None else config_lib.to_dict(arm.config)
   asked = {
     'config': config,
     'decode': config_lib.to_dict(arm.decode),
@@ -117,6 +127,43 @@ def _asked(arm: design.Arm) -> Any:
     'growth': arm.growth and dataclasses.asdict(arm.growth),
   }
   return json.loads(json.dumps(asked))
+
+
+def _filled_in(asked: Entry) -> Entry:
+  """With the keys that configs have got since; they had their defaults."""
+  filled = dict(asked)
+  for name, kind in (
+    ('config', config_lib.Config),
+    ('decode', config_lib.DecodeConfig),
+  ):
+    if asked[name] is not None:
+      filled[name] = config_lib.to_dict(config_lib.from_dict(kind, asked[name]))
+  return json.loads(json.dumps(filled))
+
+
+def _measure(
+  arm: design.Arm, root: pathlib.Path, say: Callable[[str], None]
+) -> Entry | None:
+  """Trains an arm, and says what became of it; None if a signal stopped it."""
+  workdir = root / arm.folder
+  source = _source(arm, root, say)
+  model, history = source, _UNTRAINED
+  if arm.config is not None:
+    if not training.train(_complete(arm.config, arm, root, source), workdir):
+      return None
+    model, history = workdir, _history(workdir)
+  assert model is not None  # an arm without training has a start
+  return {
+    'study': arm.study,
+    'seed': arm.seed,
+    'letter': arm.letter,
+    'title': design.TITLES[arm.letter],
+    'start': arm.start,
+    'search': arm.decode.mode,
+    **sizes(model),
+    **history,
+    **_decode(arm, model, workdir, say),
+  }
 
 
 def _source(
@@ -215,10 +262,8 @@ def _moment_bytes(item: pathlib.Path) -> int:
   )
 
 
-def _history(workdir: pathlib.Path | None) -> Entry:
+def _history(workdir: pathlib.Path) -> Entry:
   """Updates, seconds and the curve of a training, restarts included."""
-  if workdir is None:
-    return {'updates': 0, 'seconds': 0.0, 'dev': []}
   log = metrics_log.read(workdir / 'metrics.jsonl')
   speed = log.series('train', 'steps_per_second')
   # Of the windows between two lines; compiling, evaluating and saving apart.
@@ -246,19 +291,20 @@ def _decode(
   model: pathlib.Path,
   workdir: pathlib.Path,
   say: Callable[[str], None],
-) -> dict[str, dict[str, float]]:
-  """Per cent by corpus, and by pass: `dev`, `greedy` and `test`.
+) -> Entry:
+  """Error rates by corpus and pass, and the errors of each utterance.
 
-  The first is by the search of the curves, the CTC best path, the last as the
-  arm says.
+  Passes are `dev` and `greedy`, by the search of the curves, the CTC best path,
+  and `test`, as the arm says; the errors are those of the last.
   """
   recognizer = recognizer_lib.Recognizer.from_checkpoint(
     model, config=arm.decode
   )
   greedy = dataclasses.replace(arm.decode, mode='ctc_greedy_search')
-  found: dict[str, dict[str, float]] = {}
+  rates: dict[str, dict[str, float]] = {}
+  errors: dict[str, list[int]] = {}
   for corpus in arm.tests:
-    found[corpus.name] = {}
+    rates[corpus.name] = {}
     for name, split, config in (
       ('dev', 'dev', greedy),
       ('greedy', 'test', greedy),
@@ -270,10 +316,16 @@ def _decode(
         split=split,
         sample_rate=recognizer.description.features.sample_rate,
       )
-      summary, _ = decoding.run(
+      summary, decoded = decoding.run(
         recognizer.with_config(config),
         source,
         out=workdir / 'transcripts' / f'{corpus.name}-{name}.jsonl',
       )
-      found[corpus.name][name] = summary.to_json()['wer']
-  return found
+      rates[corpus.name][name] = summary.to_json()['wer']
+      errors[corpus.name] = [_word_errors(each) for each in decoded]
+  return {'wer': rates, 'errors': errors}
+
+
+def _word_errors(decoded: decoding.Decoded) -> int:
+  texts = decoded.utterance.txt, decoded.transcript.text
+  return scoring.word_errors(*map(scoring.normalise, texts)).errors

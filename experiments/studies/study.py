@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
-import functools
 import os
 import pathlib
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Literal
 from data_pipelines import prepare
 from experiments.reporting import expert_load
 from experiments.reporting import metrics_log
+from experiments.studies import budget
 from experiments.studies import design
 from experiments.studies import plots
 from experiments.studies import running
@@ -33,6 +33,8 @@ _LENGTHS: Mapping[tuple[str, str], tuple[int, int]] = {
   ('full', 'shift'): (3000, 1000),
 }
 _SEEDS = {'quick': 1, 'full': 2}
+# What stays in arm.json: too much to read.
+_OF_ARMS = ('asked', 'errors')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,6 +138,7 @@ def run(
     False if a signal stopped it; the same call goes on.
 
   Raises:
+    running.ReceiptError: if growing changes what the model computes.
     ValueError: for whatever cannot be used; says why.
   """
   corpora = dict(_corpora(request, workdir))
@@ -148,7 +151,16 @@ def run(
     )
   ]
   _prepare(request, corpora, say)
-  after = functools.partial(write, workdir, request)
+
+  def after(entries: Sequence[running.Entry]) -> None:
+    verdict = budget.verdict(
+      request.form,
+      budget.minutes(entries),
+      budget.minutes_to_come(entries, arms),
+    )
+    say(f'  {verdict}')
+    write(workdir, request, entries, verdict)
+
   if not running.run(arms, workdir, say=say, after=after):
     say('stopped; run again to continue')
     return False
@@ -187,20 +199,33 @@ def _prepare(
 
 
 def write(
-  workdir: pathlib.Path, request: Request, entries: Sequence[running.Entry]
+  workdir: pathlib.Path,
+  request: Request,
+  entries: Sequence[running.Entry],
+  verdict: str,
 ) -> None:
-  """Writes study.json, study.md and plots/ with what is known so far."""
-  arms = [{k: v for k, v in e.items() if k != 'asked'} for e in entries]
+  """Writes study.json, study.md and plots/ with what is known so far.
+
+  Args:
+    workdir: of the study.
+    request: what was asked for.
+    entries: of the arms that are done.
+    verdict: on the time that it took.
+  """
   record = {
     'form': request.form,
     'growth': dataclasses.asdict(request.growth),
     'balance_loss_weight': request.balance,
     'rate': request.rate,
-    'arms': arms,
+    'wall_minutes': round(budget.minutes(entries), 1),
+    'arms': [
+      {k: v for k, v in each.items() if k not in _OF_ARMS} for each in entries
+    ],
   }
   preparing.write_json(workdir / 'study.json', record)
-  _write(workdir / 'study.md', tables.markdown(arms).encode())
-  for (study, seed), group in tables.groups(arms).items():
+  text = f'{tables.markdown(entries)}\nWall time: {verdict}.\n'
+  _write(workdir / 'study.md', text.encode())
+  for (study, seed), group in tables.groups(entries).items():
     folder = f'{study}-{seed}'
     _write(workdir / 'plots' / f'{folder}.png', plots.curves(group))
     for letter, entry in group.items():

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments.studies import levels as levels_lib
+from experiments.studies import resampling
 
 Entry = Mapping[str, Any]
 Group = Mapping[str, Entry]
@@ -80,6 +81,18 @@ def _signed(value: float) -> str:
   return f'{value:+.1f}'
 
 
+def _change(entry: Entry, other: Entry) -> str:
+  """Relative change of the test error rate, and how sure it is."""
+  if not rate(other, 'test'):
+    return _NONE
+  change = -levels_lib.less(rate(entry, 'test'), rate(other, 'test'))
+  corpus = next(iter(entry['wer']))
+  low, high = resampling.change_interval(
+    entry['errors'][corpus], other['errors'][corpus]
+  )
+  return f'{_signed(change)} ({_signed(low)} to {_signed(high)})'
+
+
 def _arms(group: Group) -> str:
   head = (
     'arm',
@@ -93,7 +106,13 @@ def _arms(group: Group) -> str:
     'against (a), %',
     'against (b), %',
   )
-  return _table(head, [_arm_row(entry, group) for entry in group.values()])
+  table = _table(head, [_arm_row(entry, group) for entry in group.values()])
+  search = next(iter(group.values()))['search']
+  return (
+    f'{table}\n\nTest WER by {search}; in brackets a 95 % interval of the '
+    'relative change (paired bootstrap over utterances). Minutes are of '
+    'training alone, without compiling, evaluating and decoding.'
+  )
 
 
 def _arm_row(entry: Entry, group: Group) -> list[str]:
@@ -106,8 +125,7 @@ def _arm_row(entry: Entry, group: Group) -> list[str]:
     if other is None or other is entry:
       against.append(_NONE)
       continue
-    theirs = rate(other, 'test')
-    against.append(_signed(-levels_lib.less(rescored, theirs)))
+    against.append(_change(entry, other))
   return [
     _name(entry),
     f'{entry["updates"]:,}',
@@ -136,8 +154,8 @@ def _levels(group: Group) -> str:
   levels = chosen_levels(group)
   if not levels:
     return (
-      f'No arm was a tenth below the {start:.2f} % of the dense start (greedy '
-      'dev WER).'
+      f'No arm came 5 % below the {start:.2f} % of the dense start (relative, '
+      'greedy dev WER).'
     )
   rows = []
   for entry in group.values():
@@ -246,15 +264,12 @@ def _training_claims(group: Group) -> Iterator[tuple[str, str, str]]:
 
 
 def _error_claim(group: Group, letter: str) -> tuple[str, str, str]:
-  ours = rate(group[letter], 'test')
-  found = ', '.join(
-    f'{_signed(-levels_lib.less(ours, rate(group[x], "test")))} % against ({x})'
-    for x in 'ab'
-  )
+  ours = group[letter]
+  changes = [f'{_change(ours, group[x])} % against ({x})' for x in 'ab']
   return (
     f'({letter}) errs less than the dense model',
     f'-{_PAPER_REDUCTION} % against the dense start',
-    found,
+    ', '.join(changes),
   )
 
 

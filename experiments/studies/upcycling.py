@@ -20,6 +20,7 @@ where it was stopped, in as many sittings as it takes.
 
 import os
 import pathlib
+import sys
 import time
 import typing
 
@@ -94,37 +95,45 @@ def main(_) -> int:
     'JAX_COMPILATION_CACHE_DIR', str(workdir / 'cache' / 'jax')
   )
   os.environ.setdefault('MPLCONFIGDIR', str(workdir / 'cache' / 'matplotlib'))
+  from experiments.studies import running
+  from experiments.studies import study
+
+  try:
+    done = study.run(_request(), workdir, say=_say)
+  except running.ReceiptError as error:
+    print(f'error: {error}', file=sys.stderr, flush=True)
+    return command.FAILED
+  return command.OK if done else command.INTERRUPTED
+
+
+def _request():
+  """The flags as a `study.Request`."""
   from experiments.studies import study
   from experiments.wiring import upcycling
 
-  done = study.run(
-    study.Request(
-      form=typing.cast(study.Form, _FORM.value),
-      studies=tuple(_STUDIES.value or ()),
-      seeds=_SEEDS.value,
-      dense_steps=_DENSE_STEPS.value,
-      more_steps=_MORE_STEPS.value,
-      every=_EVERY.value,
-      config=_CONFIG.value.to_dict(),
-      an4_config=_AN4_CONFIG.value.to_dict(),
-      balance=_BALANCE.value,
-      rate=_RATE.value,
-      growth=upcycling.Request(
-        num_experts=_NUM_EXPERTS.value,
-        top_k=_TOP_K.value,
-        where=_WHERE.value,
-        noise=_NOISE.value,
-        drop=_DROP.value,
-      ),
-      corpus=_CORPUS.value,
-      an4=_AN4.value,
-      num_train=_NUM_TRAIN.value,
-      num_test=_NUM_TEST.value,
+  return study.Request(
+    form=typing.cast(study.Form, _FORM.value),
+    studies=tuple(_STUDIES.value or ()),
+    seeds=_SEEDS.value,
+    dense_steps=_DENSE_STEPS.value,
+    more_steps=_MORE_STEPS.value,
+    every=_EVERY.value,
+    config=_CONFIG.value.to_dict(),
+    an4_config=_AN4_CONFIG.value.to_dict(),
+    balance=_BALANCE.value,
+    rate=_RATE.value,
+    growth=upcycling.Request(
+      num_experts=_NUM_EXPERTS.value,
+      top_k=_TOP_K.value,
+      where=_WHERE.value,
+      noise=_NOISE.value,
+      drop=_DROP.value,
     ),
-    workdir,
-    say=_say,
+    corpus=_CORPUS.value,
+    an4=_AN4.value,
+    num_train=_NUM_TRAIN.value,
+    num_test=_NUM_TEST.value,
   )
-  return command.OK if done else command.INTERRUPTED
 
 
 if __name__ == '__main__':

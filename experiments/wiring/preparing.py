@@ -205,7 +205,7 @@ def _require_same_run(config: config_lib.Config, workdir: pathlib.Path) -> None:
   old = config_lib.to_dict(config_lib.from_dict(config_lib.Config, old))
   changed = [
     key
-    for key in _differences(old, config_lib.to_dict(config))
+    for key in differences(old, config_lib.to_dict(config))
     if not key.startswith(_MAY_CHANGE)
   ]
   if changed:
@@ -234,12 +234,13 @@ def write_json(file: pathlib.Path, tree: Any) -> None:
   os.replace(temporary, file)
 
 
-def _differences(old: Mapping, new: Mapping, prefix: str = '') -> list[str]:
+def differences(old: Mapping, new: Mapping, prefix: str = '') -> list[str]:
+  """Keys whose values differ, joined by dots."""
   keys = []
   for key in sorted(set(old) | set(new)):
     a, b = old.get(key), new.get(key)
     if isinstance(a, Mapping) and isinstance(b, Mapping):
-      keys += _differences(a, b, f'{prefix}{key}.')
+      keys += differences(a, b, f'{prefix}{key}.')
     elif a != b:
       keys.append(prefix + key)
   return keys

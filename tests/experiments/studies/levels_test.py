@@ -24,7 +24,7 @@ def test_the_start_is_the_best_that_the_dense_model_ever_was():
 
 def test_levels_are_below_the_start_and_reached():
   curves = [_curve(40.0, 22.0, 17.0)['dev'], _curve(33.0, 25.0)['dev']]
-  assert levels.choose(30.0, curves) == [27.0, 24.0, 21.0, 18.0]
+  assert levels.choose(30.0, curves) == [28.5, 27.0, 24.0, 21.0, 18.0]
   # The start itself is no level, and where nobody is better there is none.
   assert levels.choose(30.0, [_curve(30.0, 29.0)['dev']]) == []
   assert levels.choose(30.0, []) == []

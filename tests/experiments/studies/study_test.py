@@ -1,10 +1,13 @@
 """The upcycling study on tones: a few steps of a dense and of a grown model."""
 
 import dataclasses
+import itertools
 import json
 import shutil
+import types
 
 import jax
+import numpy as np
 import pytest
 
 from data_pipelines import synthetic
@@ -13,9 +16,9 @@ from experiments.configs import tiny
 from experiments.studies import design
 from experiments.studies import running
 from experiments.studies import study
+from experiments.wiring import receipt
 from experiments.wiring import training
 from experiments.wiring import upcycling
-from tests.reference import jax_cache
 from u2moe_jax import config as config_lib
 from u2moe_jax.checkpoint import directory
 from u2moe_jax.training import parameters
@@ -42,21 +45,30 @@ def _tree():
   return config_lib.to_dict(config)
 
 
-@pytest.fixture(scope='module')
-def one_device():
-  """A mesh of one device, whatever the session has."""
-  devices = jax.devices
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(jax, 'devices', lambda *args: devices(*args)[:1])
-    yield
+# Receipts have tests of their own.
+_ANSWER = receipt.Answer(
+  frames=np.zeros((1, 1, 1), np.float32),
+  mask=np.ones((1, 1), bool),
+  log_probs={'ctc': np.zeros((1, 1, 1), np.float32)},
+  texts=((),),
+  visited=0,
+  experts=0,
+)
 
 
 @pytest.fixture(scope='module', autouse=True)
-def two_arms():
-  """Each arm compiles for seconds, and the others are as these (design)."""
+def cheap():
+  """One device, two arms, no receipts, and programs that compile fast."""
+  devices = jax.devices
+  unoptimised = jax.config.jax_disable_most_optimizations
+  jax.config.update('jax_disable_most_optimizations', True)
   with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(jax, 'devices', lambda *args: devices(*args)[:1])
+    # The others are as these (design_test).
     patch.setitem(design.LETTERS, 'an4', 'ae')
+    patch.setattr(receipt, 'ask', lambda *args, **kwargs: _ANSWER)
     yield
+  jax.config.update('jax_disable_most_optimizations', unoptimised)
 
 
 @pytest.fixture(scope='module')
@@ -70,7 +82,7 @@ def request_(tmp_path_factory):
     form='quick',
     studies=('an4',),
     dense_steps=4,
-    more_steps=2,
+    more_steps=4,
     every=2,
     config={},
     an4_config=_tree(),
@@ -80,10 +92,9 @@ def request_(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def workdir(request_, one_device, tmp_path_factory):
+def workdir(request_, tmp_path_factory):
   path = tmp_path_factory.mktemp('study')
-  with jax_cache.use(tmp_path_factory.mktemp('cache')):
-    assert study.run(request_, path)
+  assert study.run(request_, path)
   return path
 
 
@@ -96,10 +107,14 @@ def arms(workdir):
 
 def test_every_arm_is_trained_and_measured(arms):
   assert list(arms) == ['a', 'e']
-  assert [each['updates'] for each in arms.values()] == [4, 2]
+  steps = {
+    letter: [point['step'] for point in entry['dev']]
+    for letter, entry in arms.items()
+  }
+  assert steps == {'a': [4], 'e': [2, 4]}
   for entry in arms.values():
-    assert entry['seconds'] > 0
-    assert [point['step'] for point in entry['dev']] == [entry['updates']]
+    assert entry['updates'] == 4
+    assert 0 < entry['seconds'] < entry['wall_seconds']
     assert list(entry['wer']['an4']) == ['dev', 'greedy', 'test']
 
 
@@ -128,7 +143,7 @@ def test_only_experts_and_routers_move_in_the_frozen_arm(workdir):
 def test_tables_and_plots_are_written(workdir):
   text = (workdir / 'study.md').read_text()
   assert '### AN4 (recordings), seed 0' in text
-  assert '| (e) UME, experts and routers train | 2 | 6 |' in text
+  assert '| (e) UME, experts and routers train | 4 | 8 |' in text
   names = {path.name for path in (workdir / 'plots').iterdir()}
   assert names == {'an4-0.png', 'an4-0-e-load.png'}
 
@@ -142,22 +157,71 @@ def test_a_second_run_repeats_nothing(workdir, request_, monkeypatch):
   before = (workdir / 'study.json').read_text()
   assert study.run(request_, workdir)
   assert (workdir / 'study.json').read_text() == before
-  longer = dataclasses.replace(request_, more_steps=4)
-  with pytest.raises(AssertionError, match='again'):
-    study.run(longer, workdir)
+  # What has no result yet is trained.
+  (workdir / 'an4-0' / 'e' / 'arm.json').rename(workdir / 'kept')
+  try:
+    with pytest.raises(AssertionError, match='again'):
+      study.run(request_, workdir)
+  finally:
+    (workdir / 'kept').rename(workdir / 'an4-0' / 'e' / 'arm.json')
 
 
-def test_another_growth_needs_another_folder(workdir, request_):
-  other = dataclasses.replace(request_, growth=upcycling.Request(num_experts=2))
-  with pytest.raises(config_lib.ConfigError, match='num_experts=4, not 2'):
+@pytest.mark.parametrize(
+  ('changes', 'key'),
+  [
+    ({'more_steps': 6}, 'config.train.num_steps'),
+    ({'rate': 0.1}, 'config.optimizer.learning_rate'),
+    ({'growth': upcycling.Request(num_experts=2)}, 'growth.num_experts'),
+  ],
+)
+def test_an_arm_is_not_continued_as_another(workdir, request_, changes, key):
+  other = dataclasses.replace(request_, **changes)
+  with pytest.raises(config_lib.ConfigError, match=f'/e holds.*{key}'):
     study.run(other, workdir)
 
 
-def test_a_signal_stops_between_steps(request_, tmp_path, monkeypatch):
-  monkeypatch.setattr(training, 'train', lambda *args: False)
-  said = []
-  assert not study.run(request_, tmp_path, say=said.append)
-  assert said[-1] == 'stopped; run again to continue'
+def test_a_grown_model_is_not_taken_for_another(workdir, request_):
+  other = dataclasses.replace(request_, growth=upcycling.Request(num_experts=2))
+  arms = _arms(other, workdir)
+  with pytest.raises(config_lib.ConfigError, match='num_experts=4, not 2'):
+    running._source(arms['e'], workdir, print)
+
+
+def test_a_growth_that_changes_the_model_stops_the_study(
+  request_, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(upcycling, 'upcycle', lambda *args, **kwargs: False)
+  with pytest.raises(running.ReceiptError, match='not compute the same'):
+    running._source(_arms(request_, tmp_path)['e'], tmp_path, print)
+
+
+def _arms(request, workdir):
+  corpora = dict(study._corpora(request, workdir))
+  recipe, lengths = request.recipe('an4'), request.lengths('an4')
+  made = design.arms('an4', 0, recipe, lengths, corpora)
+  return {arm.letter: arm for arm in made}
+
+
+def test_a_signal_stops_between_steps_and_time_adds_up(
+  request_, tmp_path, monkeypatch
+):
+  clock = itertools.count(0, 10)
+  fake = types.SimpleNamespace(monotonic=lambda: next(clock))
+  monkeypatch.setattr(running, 'time', fake)
+
+  def stopped(config, workdir):
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / 'config.json').touch()
+    return False
+
+  monkeypatch.setattr(training, 'train', stopped)
+  for sitting in (1, 2):
+    said = []
+    assert not study.run(request_, tmp_path, say=said.append)
+    assert said[-1] == 'stopped; run again to continue'
+    known = json.loads((tmp_path / 'an4-0' / 'a' / 'arm.json').read_text())
+    assert known['wall_seconds'] == 10 * sitting
+  assert not (tmp_path / 'study.md').exists()
 
 
 @pytest.mark.parametrize(
@@ -177,34 +241,3 @@ def test_bad_requests_come_before_any_work(
   with pytest.raises(config_lib.ConfigError, match=message):
     study.run(dataclasses.replace(request_, **changes), tmp_path)
   assert not list(tmp_path.iterdir())
-
-
-def test_a_growth_that_changes_the_model_stops_the_study(
-  workdir, request_, monkeypatch
-):
-  (workdir / 'an4-0' / 'a' / 'grown').rename(workdir / 'kept')
-  monkeypatch.setattr(upcycling, 'upcycle', lambda *args, **kwargs: False)
-  moved = dataclasses.replace(request_, more_steps=6)
-  monkeypatch.setattr(training, 'train', lambda *args: True)
-  monkeypatch.setattr(running, '_decode', lambda *args: {})
-  monkeypatch.setattr(running, '_history', lambda *args: {})
-  try:
-    with pytest.raises(running.ReceiptError, match='not compute the same'):
-      running.run(
-        [
-          arm
-          for arm in design.arms(
-            'an4',
-            0,
-            moved.recipe('an4'),
-            moved.lengths('an4'),
-            dict(study._corpora(moved, workdir)),
-          )
-          if arm.letter == 'e'
-        ],
-        workdir,
-        say=print,
-        after=lambda entries: None,
-      )
-  finally:
-    (workdir / 'kept').rename(workdir / 'an4-0' / 'a' / 'grown')
