@@ -102,7 +102,7 @@ def _begin(arm: design.Arm, workdir: pathlib.Path) -> Entry:
   """
   file = workdir / 'arm.json'
   asked = _asked(arm)
-  known = {}
+  known: Entry = {}
   if file.is_file():
     known = json.loads(file.read_text(encoding='utf-8'))
   if not known or not ('wer' in known or (workdir / 'config.json').is_file()):
@@ -131,14 +131,13 @@ def _asked(arm: design.Arm) -> Entry:
 
 def _filled_in(asked: Entry) -> Entry:
   """With the keys that configs have got since; they had their defaults."""
-  filled = dict(asked)
-  for name, kind in (
-    ('config', config_lib.Config),
-    ('decode', config_lib.DecodeConfig),
-  ):
-    if asked[name] is not None:
-      filled[name] = config_lib.to_dict(config_lib.from_dict(kind, asked[name]))
-  return json.loads(json.dumps(filled))
+  config, decode = asked['config'], asked['decode']
+  if config is not None:
+    config = config_lib.to_dict(config_lib.from_dict(config_lib.Config, config))
+  decode = config_lib.to_dict(
+    config_lib.from_dict(config_lib.DecodeConfig, decode)
+  )
+  return json.loads(json.dumps(asked | {'config': config, 'decode': decode}))
 
 
 def _measure(
