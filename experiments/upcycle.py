@@ -9,6 +9,7 @@ last line is one JSON object. docs/upcycling.md tells how to train on.
 """
 
 import typing
+from typing import Literal
 
 from absl import flags
 
@@ -43,6 +44,13 @@ _DROP = flags.DEFINE_float(
   'drop', 0.0, "Share of each expert's hidden units that are drawn anew."
 )
 _SEED = flags.DEFINE_integer('seed', 0, 'Of routers, noise and drawn units.')
+_OPTIMIZER = flags.DEFINE_enum(
+  'optimizer',
+  'fresh',
+  ['fresh', 'spread'],
+  "Spread gives each expert Adam's moments of the dense layer; it takes a step "
+  'of a training, WORKDIR/checkpoints/STEP.',
+)
 _TO_DENSE = flags.DEFINE_enum(
   'to_dense', None, ['average'], 'The way back: one layer from all experts.'
 )
@@ -64,6 +72,7 @@ _OF_GROWING = (
   'noise',
   'drop',
   'seed',
+  'optimizer',
 )
 
 
@@ -93,6 +102,7 @@ def main(_) -> int:
     manifest=_MANIFEST.value,
     num_utterances=_NUM_UTTERANCES.value,
     mesh=_MESH.value,
+    optimizer=typing.cast(Literal['fresh', 'spread'], _OPTIMIZER.value),
   )
   return command.OK if passed else command.FAILED
 

@@ -20,6 +20,7 @@ from u2moe_jax.checkpoint import store as store_lib
 from u2moe_jax.sharding import placement
 from u2moe_jax.text import tokenizer as tokenizer_lib
 from u2moe_jax.training import loop
+from u2moe_jax.training import moments as moments_lib
 from u2moe_jax.training import optimizer as optimizer_lib
 from u2moe_jax.training import parameters
 from u2moe_jax.training import state as state_lib
@@ -127,6 +128,8 @@ class Source:
     ]
     if self.fresh:
       lines.append('  (the token table is another one)')
+    if self._found.moments is not None:
+      lines.append("  Adam's moments are those that it was given")
     return '\n'.join(lines)
 
   def apply(
@@ -146,15 +149,25 @@ class Source:
       target[path] = jax.ShapeDtypeStruct(
         leaf.shape, leaf.dtype, sharding=sharding
       )
-    restored = directory.restore(self._found, _nested(target))
+    abstract = _nested(target)
+    restored = directory.restore(self._found, abstract)
     loaded = _flat(dict(zip(('params', 'buffers'), restored, strict=True)))
     merged = _nested(ours | {path: loaded[path] for path in self.kept})
     # A moving average starts at the parameters, so there is a new one.
+    opt_state = init_optimizer(merged['params'])
+    if self._found.moments is not None:
+      opt_state = moments_lib.put(
+        opt_state,
+        directory.restore_moments(
+          self._found, abstract['params'], everywhere=replicated
+        ),
+        [path.removeprefix('params/') for path in self.kept],
+      )
     return dataclasses.replace(
       state,
       params=merged['params'],
       buffers=merged.get('buffers', state.buffers),
-      opt_state=init_optimizer(merged['params']),
+      opt_state=opt_state,
     )
 
 

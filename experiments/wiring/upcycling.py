@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 from typing import Any
+from typing import Literal
 
 from flax import linen as nn
 import jax
@@ -21,6 +22,8 @@ from u2moe_jax.models import u2
 from u2moe_jax.sharding import mesh as mesh_lib
 from u2moe_jax.sharding import placement
 from u2moe_jax.sharding import rules
+from u2moe_jax.training import moments as moments_lib
+from u2moe_jax.training import parameters
 from u2moe_jax.training import upcycling
 
 
@@ -60,6 +63,7 @@ def upcycle(
   manifest: str | None = None,
   num_utterances: int = 4,
   mesh: str | None = None,
+  optimizer: Literal['fresh', 'spread'] = 'fresh',
 ) -> bool:
   """Writes the grown model if its receipt is good; prints the receipt.
 
@@ -74,6 +78,8 @@ def upcycle(
     manifest: sound for the receipt; None: random features.
     num_utterances: of the receipt.
     mesh: mesh axes as text; None: the first device.
+    optimizer: spread adds Adam's moments, those of the dense layer for each
+      expert, for the training that starts from what is written.
 
   Returns:
     False if the models should be equal and are not; then nothing is written.
@@ -99,6 +105,7 @@ def upcycle(
   abstract = _abstract(target, devices)
   _require_memory(abstract)
   reader = single.Reader(found.params)
+  adam = None if optimizer == 'fresh' else _Adam(found, source)
   contents.require_fit(found.params, directory.abstract_variables(source))
   # Both are placed by the same rules; the receipt needs no other.
   probe, before = _ask_first(found, devices, manifest, num_utterances)
@@ -107,6 +114,7 @@ def upcycle(
   receipt = receipt_lib.compare(before, after)
   passed = receipt.is_within_bounds or not exact
   record = _record(source, target, request, receipt, exact)
+  record['optimizer'] = optimizer
   _print(record, receipt, probe, source, target, exact)
   if passed:
     directory.write(
@@ -115,12 +123,55 @@ def upcycle(
       variables['params'],
       variables['buffers'],
       tokens=found.tokens,
+      moments=adam and adam.spread(source, target, abstract['params']),
     )
     print(f'wrote {out}')
   else:
     print('the models differ by more than rounding; nothing was written')
   print(json.dumps(record | {'passed': passed, 'out': str(out)}))
   return passed
+
+
+class _Adam:
+  """Adam's moments of a training step, read one array at a time."""
+
+  def __init__(self, found: directory.Found, source: config_lib.ModelConfig):
+    """Refuses what has none, or not of all parameters."""
+    item = found.params.parent / 'optimizer'
+    if not item.is_dir():
+      raise upcycling.UpcyclingError(
+        f'{found.params.parent} has no optimizer state to spread; give a step '
+        'of a training, WORKDIR/checkpoints/STEP'
+      )
+    self._read = single.Reader(item)
+    self._root = moments_lib.saved_at(self._read.shapes)
+    params = directory.abstract_variables(source)['params']
+    for path in parameters.paths(params):
+      if f'{self._root}/mu/{path}' not in self._read.shapes:
+        raise upcycling.UpcyclingError(
+          f'{item} has no moments of {path}, which did not train; take '
+          '--optimizer=fresh'
+        )
+
+  def spread(
+    self,
+    source: config_lib.ModelConfig,
+    target: config_lib.ModelConfig,
+    params: PyTree,
+  ) -> PyTree:
+    """Those of the grown model; `params` are its own, abstract."""
+
+    def make(name: str) -> PyTree:
+      def read(path: str) -> np.ndarray:
+        own = path.removeprefix('params/')
+        return self._read(f'{self._root}/{name}/{own}')
+
+      tree = {'params': params}
+      made = upcycling.build(read, source, target, tree, routers='zero')
+      return made['params']
+
+    moments = {name: make(name) for name in moments_lib.NAMES}
+    return {**moments, 'count': self._read(f'{self._root}/count')}
 
 
 def parse_mesh(text: str) -> config_lib.MeshConfig:

@@ -25,9 +25,18 @@ def saved_shapes(item: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
   Raises:
     CheckpointError: if the item's metadata cannot be read.
   """
+  return shapes(saved_tree(item))
+
+
+def saved_tree(item: str | os.PathLike[str]) -> PyTree:
+  """The tree of an item, with metadata in place of arrays.
+
+  Raises:
+    CheckpointError: if the item's metadata cannot be read.
+  """
   item = pathlib.Path(item)
   try:
-    return shapes(ocp.StandardCheckpointHandler().metadata(item).tree)
+    return ocp.StandardCheckpointHandler().metadata(item).tree
   except (ValueError, KeyError, OSError, AttributeError) as error:
     raise CheckpointError(
       f'{item}: its metadata cannot be read: {first_line(error)}'

@@ -4,6 +4,7 @@ MODEL/
   model.json   format version, ModelConfig, FeatureConfig, provenance
   tokens/      token table; without it decoding prints ids
   params/      Orbax item: parameters and buffers, blocks and experts stacked
+  moments/     Orbax item, seldom there: Adam's, for a training from this model
 """
 
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from typing import Any
 
 from flax import linen as nn
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 import u2moe_jax
@@ -27,6 +29,7 @@ from u2moe_jax.checkpoint import processes
 from u2moe_jax.models import u2
 
 FORMAT_VERSION = 1
+_MOMENTS = 'moments'
 Path = str | os.PathLike[str]
 CheckpointError = contents.CheckpointError
 
@@ -55,12 +58,14 @@ class Found:
     tokens: folder of the token table, or None.
     description: the model.
     choice: one line that says what was chosen.
+    moments: folder of the Orbax item with Adam's moments, or None.
   """
 
   params: pathlib.Path
   tokens: pathlib.Path | None
   description: Description
   choice: str
+  moments: pathlib.Path | None = None
 
 
 def provenance(**extra: Any) -> dict[str, Any]:
@@ -85,6 +90,7 @@ def write(
   *,
   tokens: Path | None = None,
   extras: Mapping[str, Path] | None = None,
+  moments: PyTree | None = None,
 ) -> None:
   """Writes a model directory; an existing one is replaced at the end.
 
@@ -97,6 +103,7 @@ def write(
     buffers: buffers.
     tokens: folder of the token table to copy.
     extras: folders to copy beside it, by name; nothing here reads them.
+    moments: Adam's; see `training.moments`.
 
   Raises:
     CheckpointError: see `require_replaceable`.
@@ -112,6 +119,8 @@ def write(
     checkpointer.save(
       unfinished / 'params', {'params': params, 'buffers': buffers}
     )
+    if moments is not None:
+      checkpointer.save(unfinished / _MOMENTS, moments)
   if processes.is_first():
     _write_rest(unfinished, description, tokens, extras or {})
     _replace(path, unfinished)
@@ -244,12 +253,13 @@ def dev_wer(folder: Path) -> float | None:
 
 
 def _found_model(path: pathlib.Path, choice: str) -> Found:
-  tokens = path / 'tokens'
+  tokens, moments = path / 'tokens', path / _MOMENTS
   return Found(
     params=path / 'params',
     tokens=tokens if tokens.is_dir() else None,
     description=describe(path),
     choice=choice,
+    moments=moments if moments.is_dir() else None,
   )
 
 
@@ -300,12 +310,38 @@ def restore(
   """
   if target is None:
     target = abstract_variables(found.description.model)
-  contents.require_fit(found.params, target)
+  tree = _restore(found.params, target)
+  return tree['params'], tree['buffers']
+
+
+def restore_moments(
+  found: Found, params: PyTree, *, everywhere: jax.sharding.Sharding
+) -> PyTree:
+  """Restores the moments that a model directory has, placed as parameters.
+
+  Args:
+    found: one with moments.
+    params: the model's, abstract with shardings.
+    everywhere: where the number of updates goes.
+
+  Returns:
+    See `training.moments`.
+
+  Raises:
+    CheckpointError: if they do not fit the model.
+  """
+  assert found.moments is not None
+  count = jax.ShapeDtypeStruct((), np.int32, sharding=everywhere)
+  target = {'mu': params, 'nu': params, 'count': count}
+  return _restore(found.moments, target)
+
+
+def _restore(item: pathlib.Path, target: PyTree) -> PyTree:
+  contents.require_fit(item, target)
   try:
     with ocp.StandardCheckpointer() as checkpointer:
-      tree = checkpointer.restore(found.params, target)
+      return checkpointer.restore(item, target)
   except Exception as error:  # Orbax raises many kinds for damaged files
     raise CheckpointError(
-      f'{found.params}: cannot be read: {contents.first_line(error)}'
+      f'{item}: cannot be read: {contents.first_line(error)}'
     ) from error
-  return tree['params'], tree['buffers']

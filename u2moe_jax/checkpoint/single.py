@@ -3,7 +3,6 @@
 import os
 import pathlib
 
-from flax import traverse_util
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -30,7 +29,8 @@ class Reader:
       contents.CheckpointError: if its metadata cannot be read.
     """
     self._item = pathlib.Path(item).absolute()
-    self.shapes = contents.saved_shapes(self._item)
+    self._tree = contents.saved_tree(self._item)
+    self.shapes = contents.shapes(self._tree)
 
   def __call__(self, path: str) -> np.ndarray:
     """Reads one array.
@@ -43,10 +43,14 @@ class Reader:
     """
     if path not in self.shapes:
       raise contents.CheckpointError(f'{self._item}: holds no array {path!r}')
-    flat = {tuple(path.split('/')): ocp.RestoreArgs(restore_type=np.ndarray)}
-    arguments = traverse_util.unflatten_dict(flat)
+    # The whole tree, since an optimizer state has tuples, of which no part can
+    # be asked for; the other arrays are left out.
+    flat = ocp.tree.to_flat_dict(self._tree, sep='/')
+    wanted = {each: 0 if each == path else ocp.PLACEHOLDER for each in flat}
+    argument = ocp.RestoreArgs(restore_type=np.ndarray)
     request = ocp.args.PyTreeRestore(
-      item=arguments, restore_args=arguments, partial_restore=True
+      item=ocp.tree.from_flat_dict(wanted, target=self._tree, sep='/'),
+      restore_args=jax.tree.map(lambda _: argument, self._tree),
     )
     try:
       with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
@@ -55,5 +59,4 @@ class Reader:
       raise contents.CheckpointError(
         f'{self._item}: {path} cannot be read: {contents.first_line(error)}'
       ) from error
-    (array,) = traverse_util.flatten_dict(tree).values()
-    return np.asarray(array)
+    return np.asarray(ocp.tree.to_flat_dict(tree, sep='/')[path])

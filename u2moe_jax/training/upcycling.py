@@ -15,6 +15,7 @@ import dataclasses
 import fnmatch
 import functools
 import math
+from typing import Literal
 import zlib
 
 from flax import traverse_util
@@ -249,8 +250,10 @@ def build(
   target: config_lib.ModelConfig,
   abstract: PyTree,
   change: Change | None = None,
+  *,
+  routers: Literal['random', 'zero'] = 'random',
 ) -> PyTree:
-  """Makes the variables of a model from those of another.
+  """Makes the variables of a model from those of another, or their moments.
 
   Experts appear where only the target has them, and are averaged where only
   the source has; everything else is copied.
@@ -261,6 +264,7 @@ def build(
     target: config of what is made; differs in its experts only.
     abstract: `{'params', 'buffers'}` of the target, with shardings.
     change: how experts differ from their origin; None: not at all.
+    routers: what is new; zero for moments, which have seen nothing yet.
 
   Returns:
     The tree of `abstract`, placed, in the dtypes of the source. Random numbers
@@ -275,6 +279,7 @@ def build(
       _stacks(source),
       _stacks(target),
       change or Change(),
+      routers == 'zero',
     )
     made[path] = jax.make_array_from_callback(
       leaf.shape, leaf.sharding, maker.callback(path, leaf.shape)
@@ -341,12 +346,14 @@ class _Maker:
     source: stacks of the source.
     target: stacks of the target.
     change: how experts differ.
+    zero_routers: whether new routers are zero, not random.
   """
 
   read: Callable[[str], np.ndarray]
   source: dict[str, stack.Kinds]
   target: dict[str, stack.Kinds]
   change: Change
+  zero_routers: bool
 
   def callback(
     self, path: str, shape: tuple[int, ...]
@@ -385,6 +392,8 @@ class _Maker:
       return _average(self._read(array, _EXPERTS[array.name]))[index]
     if array.name == _ROUTER:
       dtype = self._read(array, 'w_in/bias').dtype
+      if self.zero_routers:
+        return np.zeros(shape, dtype)[index]
       return _router(array, shape, self.change.seed).astype(dtype)[index]
     dense = self._read(array, _DENSE[array.name])
     experts = range(shape[0])[index[0]]

@@ -1,9 +1,12 @@
 """Starting from another model: what is kept, what is fresh."""
 
 import dataclasses
+import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from experiments.wiring import starting
@@ -111,6 +114,46 @@ def test_with_another_table_the_outputs_are_fresh(pretrained, tokenizer):
     kept = not parameters.matches(path, 'vocabulary')
     expected = old if kept else random
     np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
+
+
+@pytest.mark.parametrize('trainable', ['', 'experts,router'])
+def test_moments_of_the_model_are_taken(pretrained, tmp_path, trainable):
+  _, params, buffers = pretrained
+  moments = {
+    name: jax.tree.map(lambda leaf, seed=seed: seed + jnp.abs(leaf), params)
+    for seed, name in ((1, 'mu'), (2, 'nu'))
+  }
+  directory.write(
+    tmp_path / 'model',
+    directory.Description(_model(_OLD), config_lib.FeatureConfig()),
+    params,
+    buffers,
+    tokens=pretrained[0] / 'tokens',
+    moments={**moments, 'count': np.asarray(90, np.int32)},
+  )
+  source = _source(tmp_path / 'model', _LARGER)
+  assert 'moments are those that it was given' in source.describe()
+  _, state = _started(source, _LARGER, trainable=trainable)
+  (adam,) = _states(state.opt_state, optax.ScaleByAdamState)
+  (schedule,) = _states(state.opt_state, optax.ScaleByScheduleState)
+  assert (adam.count, schedule.count) == (90, 0)
+  found, given = parameters.paths(adam.nu), parameters.paths(moments['nu'])
+  assert set(map(parameters.selector(trainable), found)) == {True}
+  for path, leaf in found.items():
+    # What hangs on the tokens is fresh, and so are its moments.
+    fresh = parameters.matches(path, 'vocabulary')
+    expected = np.zeros(leaf.shape) if fresh else given[path]
+    np.testing.assert_array_equal(leaf, expected, err_msg=path)
+  # Without the folder they are zero.
+  shutil.rmtree(tmp_path / 'model' / 'moments')
+  _, state = _started(_source(tmp_path / 'model', _LARGER), _LARGER)
+  (adam,) = _states(state.opt_state, optax.ScaleByAdamState)
+  assert not any(leaf.any() for leaf in jax.tree.leaves(adam))
+
+
+def _states(tree, kind):
+  leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kind))
+  return [leaf for leaf in leaves if isinstance(leaf, kind)]
 
 
 def test_another_model_is_refused_by_array(pretrained):

@@ -1,13 +1,16 @@
 """The script: a model directory in, a model directory and a receipt out."""
 
+import contextlib
 import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile
 
+from experiments.wiring import preparing
 from experiments.wiring import receipt
 from experiments.wiring import upcycling
 from tests.reference import tiny
@@ -15,7 +18,9 @@ from u2moe_jax import config as config_lib
 from u2moe_jax.checkpoint import contents
 from u2moe_jax.checkpoint import directory
 from u2moe_jax.checkpoint import single
+from u2moe_jax.checkpoint import store as store_lib
 from u2moe_jax.interop import wenet
+from u2moe_jax.training import optimizer as optimizer_lib
 from u2moe_jax.training import upcycling as upcycling_lib
 
 _CONFIG = tiny.model_config(
@@ -95,6 +100,70 @@ def test_a_directory_grows_and_shrinks(dense, tmp_path, capsys):
     directory.restore(back),
     directory.restore(directory.find(dense)),
   )
+
+
+def _step(dense, workdir, trainable=''):
+  """A step of a training of the dense model, and its random moments."""
+  params, buffers = directory.restore(directory.find(dense))
+  optimizer = optimizer_lib.make_optimizer(
+    config_lib.OptimizerConfig(), num_steps=9, trainable=trainable
+  )
+  rng = np.random.default_rng(0)
+
+  def draw(leaf):
+    if not leaf.ndim:
+      return leaf + 7
+    return jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)
+
+  opt_state = jax.tree.map(draw, optimizer.init(params))
+  with contextlib.closing(store_lib.Store(workdir)) as store:
+    store.save(
+      7, params=params, buffers=buffers, opt_state=opt_state, progress={}
+    )
+  config = config_lib.to_dict(config_lib.Config(model=_CONFIG))
+  preparing.write_json(workdir / 'config.json', config)
+  is_adam = lambda node: hasattr(node, 'mu')
+  nodes = jax.tree.leaves(opt_state, is_leaf=is_adam)
+  (adam,) = filter(is_adam, nodes)
+  return workdir / 'checkpoints' / '7', adam
+
+
+def test_each_expert_gets_the_moments_of_the_dense_layer(dense, tmp_path):
+  folder, adam = _step(dense, tmp_path / 'dense')
+  out = tmp_path / 'moe'
+  assert upcycling.upcycle(
+    folder, out, _REQUEST, num_utterances=1, optimizer='spread'
+  )
+  found = directory.find(out)
+  params, _ = directory.restore(found)
+  moments = directory.restore_moments(
+    found,
+    store_lib.as_abstract(params),
+    everywhere=jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+  )
+  assert moments['count'] == 7
+  for name in ('mu', 'nu'):
+    before = getattr(adam, name)['encoder']['blocks']
+    after = moments[name]['encoder']['blocks']
+    kernel = before['ffn_final']['w_in']['kernel']
+    for expert in range(4):
+      np.testing.assert_array_equal(
+        after['ffn_final']['w_in'][:, expert], kernel
+      )
+    assert not after['ffn_final']['router']['kernel'].any()
+    jax.tree.map(
+      np.testing.assert_array_equal, after['attention'], before['attention']
+    )
+
+
+def test_moments_come_from_a_training_of_everything(dense, tmp_path):
+  out = tmp_path / 'moe'
+  with pytest.raises(ValueError, match='no optimizer state to spread; give a'):
+    upcycling.upcycle(dense, out, _REQUEST, optimizer='spread')
+  folder, _ = _step(dense, tmp_path / 'frozen', trainable='-feed_forward')
+  with pytest.raises(ValueError, match='no moments of .*ffn.*did not train'):
+    upcycling.upcycle(folder, out, _REQUEST, optimizer='spread')
+  assert not out.exists()
 
 
 def test_a_model_that_differs_is_not_written(
