@@ -58,17 +58,14 @@ _ANSWER = receipt.Answer(
 
 @pytest.fixture(scope='module', autouse=True)
 def cheap():
-  """One device, two arms, no receipts, and programs that compile fast."""
+  """One device, two arms, no receipts."""
   devices = jax.devices
-  unoptimised = jax.config.jax_disable_most_optimizations
-  jax.config.update('jax_disable_most_optimizations', True)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(jax, 'devices', lambda *args: devices(*args)[:1])
     # The others are as these (design_test).
     patch.setitem(design.LETTERS, 'an4', 'ae')
     patch.setattr(receipt, 'ask', lambda *args, **kwargs: _ANSWER)
     yield
-  jax.config.update('jax_disable_most_optimizations', unoptimised)
 
 
 @pytest.fixture(scope='module')
