@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from collections.abc import Sequence
+import dataclasses
 from typing import Any
 
 from experiments.studies import design
 
 # Minutes on 2 cores that a form aims at.
 AIMS: Mapping[str, float] = {'quick': 90.0}
-# An update with experts, in updates of a dense model, until one was measured.
+# What has experts costs so many times what is dense, until it was measured.
 _EXPERTS_COST = 1.3
 
 
@@ -22,32 +23,52 @@ def minutes_to_come(
 ) -> float:
   """Minutes that the arms which are not done will take.
 
-  Each update is taken to cost what it did so far, with its share of compiling,
-  evaluating and decoding; decoding alone is taken to cost nothing.
+  An update is taken to cost what it did so far, and each arm what the others
+  needed besides updates: compiling, evaluating, decoding. Decoding alone is
+  taken to cost nothing.
 
   Args:
     entries: of the arms that are done, the first ones.
     arms: all.
   """
-  costs: dict[bool, float] = {}
+  known = {}
   for has_experts in (False, True):
     same = [
       entry
       for entry in entries
-      if (entry['active_parameters'] < entry['parameters']) == has_experts
+      if entry['updates']
+      and (entry['active_parameters'] < entry['parameters']) == has_experts
     ]
-    updates = sum(entry['updates'] for entry in same)
-    if updates:
-      costs[has_experts] = minutes(same) / updates
-  if not costs:
+    if same:
+      known[has_experts] = _Cost.mean(same)
+  if not known:
     return 0.0
-  costs.setdefault(True, _EXPERTS_COST * costs.get(False, 0.0))
-  costs.setdefault(False, costs[True] / _EXPERTS_COST)
-  return sum(
-    costs[arm.has_experts] * arm.config.train.num_steps
-    for arm in arms[len(entries) :]
-    if arm.config is not None
-  )
+  dense = known.get(False) or known[True].times(1 / _EXPERTS_COST)
+  costs = {False: dense, True: known.get(True) or dense.times(_EXPERTS_COST)}
+  to_come = [arm for arm in arms[len(entries) :] if arm.config is not None]
+  return sum(costs[arm.has_experts].seconds(arm) for arm in to_come) / 60
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cost:
+  """Seconds of an update, and of all else that an arm needs."""
+
+  update: float
+  besides: float
+
+  @classmethod
+  def mean(cls, entries: Sequence[Mapping[str, Any]]) -> '_Cost':
+    seconds = sum(entry['seconds'] for entry in entries)
+    wall = sum(entry['wall_seconds'] for entry in entries)
+    updates = sum(entry['updates'] for entry in entries)
+    return cls(seconds / updates, (wall - seconds) / len(entries))
+
+  def times(self, factor: float) -> '_Cost':
+    return _Cost(factor * self.update, factor * self.besides)
+
+  def seconds(self, arm: design.Arm) -> float:
+    assert arm.config is not None
+    return self.update * arm.config.train.num_steps + self.besides
 
 
 def verdict(form: str, spent: float, to_come: float) -> str:

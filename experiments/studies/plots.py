@@ -8,13 +8,18 @@ import numpy as np
 from experiments.reporting import drawing
 from experiments.studies import tables
 
-# Fresh weights dashed, so that (a) and (c) are told from what continues them.
 _COLOURS = dict(zip('abcdef', drawing.PALETTE[:6], strict=True))
+# The lower panel ends so far above the start, to show what is below it.
+_HEADROOM = 1.5
 
 
 @drawing.styled
 def curves(group: tables.Group) -> bytes | None:
   """Draws a panel over all updates, and one over those of each arm.
+
+  The second one has no (a), and the range in which those differ that continue
+  it. Each panel is there if it has something to show. What starts from fresh
+  weights is dashed.
 
   Args:
     group: entries of one study and seed, by letter.
@@ -23,23 +28,50 @@ def curves(group: tables.Group) -> bytes | None:
     A PNG; None if there is no curve.
   """
   drawn = [entry for entry in group.values() if entry['dev']]
-  if not drawn:
+  later = [entry for entry in drawn if entry['letter'] != 'a']
+  shown = [(drawn, True)] if len(later) < len(drawn) else []
+  if later:
+    shown.append((later, False))
+  if not shown:
     return None
-  figure = drawing.new_figure(7.2)
-  above, below = figure.subplots(2, 1)
-  for axes, in_all in ((above, True), (below, False)):
-    shown = [e for e in drawn if in_all or e['letter'] != 'a']
-    for entry in shown:
-      _draw(axes, entry, group, in_all=in_all)
-    _fit(axes, shown, group)
-    drawing.step_axis(axes)
-    axes.set_ylabel('per cent')
-  above.set_title('Dev WER, greedy')
-  below.set_title('Without the dense training')
-  below.set_xlabel('updates of the arm itself')
-  above.set_xlabel('updates, those of the dense training included')
-  drawing.legend_above(above, columns=len(drawn))
+  figure = drawing.new_figure(0.8 + 3.4 * len(shown))
+  panels = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
+  for axes, (entries, in_all) in zip(panels, shown, strict=True):
+    _draw_panel(axes, entries, group, in_all=in_all)
+  if later:
+    _zoom(panels[-1], later, group)
+  panels[0].set_title('Dev WER of the CTC best path')
+  handles, labels = panels[0].get_legend_handles_labels()
+  figure.legend(handles, labels, loc='outside upper left', ncols=3)
   return drawing.to_png(figure)
+
+
+def _draw_panel(
+  axes: Any,
+  entries: Sequence[tables.Entry],
+  group: tables.Group,
+  *,
+  in_all: bool,
+) -> None:
+  for entry in entries:
+    _draw(axes, entry, group, in_all=in_all)
+  if 'a' in group and len(group) > 1:
+    axes.axhline(
+      tables.start_rate(group),
+      color=drawing.GREY,
+      ls=':',
+      lw=1.2,
+      label='best of (a)',
+    )
+  values = [
+    np.array([wer for _, wer in _points(entry, group)]) for entry in entries
+  ]
+  drawing.value_axis(axes, values, wide=False)
+  drawing.step_axis(axes)
+  axes.set_xlabel(
+    'updates, those of (a) included' if in_all else 'updates of the arm itself'
+  )
+  axes.set_ylabel('per cent')
 
 
 def _draw(
@@ -54,7 +86,7 @@ def _draw(
     marker='.',
     ls='-' if entry['start'] else '--',
     color=_COLOURS[entry['letter']],
-    label=f'({entry["letter"]})',
+    label=tables.name(entry),
   )
 
 
@@ -67,9 +99,12 @@ def _points(
   return start + [(point['step'], point['wer']) for point in entry['dev']]
 
 
-def _fit(axes: Any, shown: Sequence[tables.Entry], group: tables.Group) -> None:
-  values = [
-    np.array([wer for _, wer in _points(entry, group)]) for entry in shown
-  ]
-  if values:
-    drawing.value_axis(axes, values)
+def _zoom(
+  axes: Any, entries: Sequence[tables.Entry], group: tables.Group
+) -> None:
+  """Cuts off what lies far above the start: (c) on its long way down."""
+  if 'a' not in group:
+    return
+  rates = [wer for entry in entries for _, wer in _points(entry, group)]
+  start = tables.start_rate(group)
+  axes.set_ylim(0.9 * min(start, *rates), _HEADROOM * start)

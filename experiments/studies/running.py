@@ -28,6 +28,7 @@ from u2moe_jax.text import scoring
 from u2moe_jax.training import parameters
 
 _MOMENTS = {'mu', 'nu'}
+_SITTING = 'sitting'  # in arm.json while somebody works on the arm
 Entry = dict[str, Any]
 _UNTRAINED: Entry = {'updates': 0, 'seconds': 0.0, 'dev': []}
 
@@ -82,7 +83,7 @@ def _run_one(
   """Adds what became of an arm to its entry; False if a signal stopped it."""
   workdir = root / arm.folder
   workdir.mkdir(parents=True, exist_ok=True)
-  preparing.write_json(workdir / 'arm.json', entry)
+  preparing.write_json(workdir / 'arm.json', entry | {_SITTING: True})
   begun = time.monotonic()
   try:
     found = _measure(arm, root, say)
@@ -113,7 +114,18 @@ def _begin(arm: design.Arm, workdir: pathlib.Path) -> Entry:
       f'{workdir} holds an arm with another {changed[0]!r}; ask for the same, '
       'or choose another --workdir'
     )
+  if known.pop(_SITTING, False):
+    known['wall_seconds'] += _killed_after(workdir)
   return known
+
+
+def _killed_after(workdir: pathlib.Path) -> float:
+  """Seconds of a sitting that could not say how long it was."""
+  first, last = workdir / 'arm.json', workdir / 'metrics.jsonl'
+  if not last.is_file():
+    return 0.0
+  seconds = last.stat().st_mtime - first.stat().st_mtime
+  return round(max(seconds, 0.0), 1)
 
 
 def _asked(arm: design.Arm) -> Entry:

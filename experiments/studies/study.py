@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
+import json
 import os
 import pathlib
+import time
 from typing import Any
 from typing import Literal
 
@@ -25,9 +27,9 @@ from u2moe_jax import config as config_lib
 Form = Literal['quick', 'full']
 # Dense updates, and those of what continues it.
 _LENGTHS: Mapping[tuple[str, str], tuple[int, int]] = {
-  ('quick', 'builtin'): (1800, 1200),
-  ('quick', 'an4'): (1800, 1200),
-  ('quick', 'shift'): (1800, 400),
+  ('quick', 'builtin'): (1700, 1000),
+  ('quick', 'an4'): (1700, 1000),
+  ('quick', 'shift'): (1700, 400),
   ('full', 'builtin'): (3000, 2000),
   ('full', 'an4'): (5000, 2000),
   ('full', 'shift'): (3000, 1000),
@@ -150,14 +152,12 @@ def run(
       study, seed, request.recipe(study), request.lengths(study), corpora
     )
   ]
-  _prepare(request, corpora, say)
+  speaking = _prepare(request, corpora, workdir, say)
 
   def after(entries: Sequence[running.Entry]) -> None:
-    verdict = budget.verdict(
-      request.form,
-      budget.minutes(entries),
-      budget.minutes_to_come(entries, arms),
-    )
+    spent = speaking + budget.minutes(entries)
+    to_come = budget.minutes_to_come(entries, arms)
+    verdict = budget.verdict(request.form, spent, to_come)
     say(f'  {verdict}')
     write(workdir, request, entries, verdict)
 
@@ -182,11 +182,17 @@ def _corpora(
 def _prepare(
   request: Request,
   corpora: Mapping[str, design.Corpus],
+  workdir: pathlib.Path,
   say: Callable[[str], None],
-) -> None:
-  """Speaks the built-in corpus, unless one is given, or is there."""
+) -> float:
+  """Speaks the built-in corpus, unless one is given, or is there.
+
+  Returns:
+    Minutes that it took, all sittings together.
+  """
   if request.corpus or 'builtin' not in corpora:
-    return
+    return 0.0
+  begun = time.monotonic()
   sizes = request.num_train, request.num_test
   say('corpus: {} + 2 x {} utterances of synthetic speech'.format(*sizes))
   prepare.prepare_builtin(
@@ -196,6 +202,12 @@ def _prepare(
     num_dev=request.num_test,
     num_test=request.num_test,
   )
+  file, before = workdir / 'corpus.json', 0.0
+  if file.is_file():
+    before = json.loads(file.read_text(encoding='utf-8'))['wall_seconds']
+  seconds = round(before + time.monotonic() - begun, 1)
+  preparing.write_json(file, {'wall_seconds': seconds})
+  return seconds / 60
 
 
 def write(
@@ -217,14 +229,14 @@ def write(
     'growth': dataclasses.asdict(request.growth),
     'balance_loss_weight': request.balance,
     'rate': request.rate,
-    'wall_minutes': round(budget.minutes(entries), 1),
+    'wall_minutes_of_arms': round(budget.minutes(entries), 1),
     'arms': [
       {k: v for k, v in each.items() if k not in _OF_ARMS} for each in entries
     ],
   }
   preparing.write_json(workdir / 'study.json', record)
-  text = f'{tables.markdown(entries)}\nWall time: {verdict}.\n'
-  _write(workdir / 'study.md', text.encode())
+  parts = heading(request), tables.markdown(entries), f'Wall time: {verdict}.\n'
+  _write(workdir / 'study.md', '\n'.join(parts).encode())
   for (study, seed), group in tables.groups(entries).items():
     folder = f'{study}-{seed}'
     _write(workdir / 'plots' / f'{folder}.png', plots.curves(group))
@@ -233,6 +245,25 @@ def write(
         log = metrics_log.read(workdir / folder / letter / 'metrics.jsonl')
         picture = expert_load.plot_over_training(log)
         _write(workdir / 'plots' / f'{folder}-{letter}-load.png', picture)
+
+
+def heading(request: Request) -> str:
+  """What was asked for, in words."""
+  growth = request.growth
+  lengths = '; '.join(
+    f'{study}: {each.dense:,} and {each.more:,}'
+    for study in request.chosen
+    for each in (request.lengths(study),)
+  )
+  return (
+    f'## Upcycling, {request.form} form\n\n'
+    '(b), (d), (e) and (f) continue the average of the best checkpoints of '
+    f'(a), with {request.rate:g} of its peak rate; (c) has the updates of (a) '
+    f'and (b) together. Updates of (a), and of what continues it: {lengths}. '
+    f'Experts: {growth.num_experts}, top-{growth.top_k}, where '
+    f'{growth.where}. Balance loss: {request.balance:g}, none in (f). Curves '
+    'and load over training: plots/.\n'
+  )
 
 
 def _write(file: pathlib.Path, content: bytes | None) -> None:

@@ -38,7 +38,9 @@ def markdown(entries: Sequence[Entry]) -> str:
     if 'a' in group:
       parts.append(_levels(group))
     parts.append(_sizes(group))
-  parts += ['### Expected and found', _claims(entries)]
+  claims = _claims(entries)
+  if claims:
+    parts += ['### Expected and found', claims]
   return '\n\n'.join(part for part in parts if part) + '\n'
 
 
@@ -56,16 +58,16 @@ def start_of(entry: Entry, group: Group) -> Entry | None:
   return group.get('a') if entry['start'] else None
 
 
-def rate(entry: Entry, name: str, corpus: str = '') -> float:
+def rate(entry: Entry, kind: str, corpus: str = '') -> float:
   """An error rate: `dev`, `greedy` or `test`.
 
   Args:
     entry: of an arm.
-    name: see `running`.
+    kind: see `running`.
     corpus: which; empty: the first.
   """
   rates = entry['wer']
-  return rates[corpus or next(iter(rates))][name]
+  return rates[corpus or next(iter(rates))][kind]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -73,12 +75,13 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
   return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
-def _name(entry: Entry) -> str:
+def name(entry: Entry) -> str:
+  """Letter and title of an arm."""
   return f'({entry["letter"]}) {entry["title"]}'
 
 
 def _signed(value: float) -> str:
-  return f'{value:+.1f}'
+  return f'{round(value, 1) + 0.0:+.1f}'  # the sum, so that there is no -0.0
 
 
 def _change(entry: Entry, other: Entry) -> str:
@@ -97,9 +100,9 @@ def _arms(group: Group) -> str:
   head = (
     'arm',
     'updates',
-    'with the dense',
+    'with those of (a)',
     'minutes',
-    'with the dense',
+    'with those of (a)',
     'greedy dev WER %',
     'greedy test WER %',
     'test WER %',
@@ -127,7 +130,7 @@ def _arm_row(entry: Entry, group: Group) -> list[str]:
       continue
     against.append(_change(entry, other))
   return [
-    _name(entry),
+    name(entry),
     f'{entry["updates"]:,}',
     f'{entry["updates"] + before[0]:,}',
     f'{entry["seconds"] / 60:.1f}',
@@ -139,18 +142,22 @@ def _arm_row(entry: Entry, group: Group) -> list[str]:
   ]
 
 
+def start_rate(group: Group) -> float:
+  """The best dev error rate that the dense start ever had, per cent."""
+  dense = group['a']
+  return levels_lib.start_rate(dense, rate(dense, 'dev'))
+
+
 def chosen_levels(group: Group) -> list[float]:
   """Levels of a study that its dense start has not reached."""
-  dense = group['a']
-  start = levels_lib.start_rate(dense, rate(dense, 'dev'))
+  dense, start = group['a'], start_rate(group)
   curves = [e['dev'] for e in group.values() if e is not dense]
   return levels_lib.choose(start, curves)
 
 
 def _levels(group: Group) -> str:
   """Updates and minutes to each level: of the arm / with the dense training."""
-  dense = group['a']
-  start = levels_lib.start_rate(dense, rate(dense, 'dev'))
+  dense, start = group['a'], start_rate(group)
   levels = chosen_levels(group)
   if not levels:
     return (
@@ -164,11 +171,11 @@ def _levels(group: Group) -> str:
     costs = [
       levels_lib.cost(entry, level, start_of(entry, group)) for level in levels
     ]
-    rows.append([_name(entry), *map(_cost, costs)])
+    rows.append([name(entry), *map(_cost, costs)])
   head = ['arm', *(f'{level:.1f} %' for level in levels)]
   return (
-    'Updates (minutes) to a greedy dev WER / the same with the dense training; '
-    f'the dense start has {start:.2f} %:\n\n{_table(head, rows)}'
+    'Updates (minutes) to a greedy dev WER / the same with those of (a); '
+    f'the best that (a) ever had is {start:.2f} %:\n\n{_table(head, rows)}'
   )
 
 
@@ -187,12 +194,16 @@ def _sizes(group: Group) -> str:
     'parameters',
     'active',
     'trained',
-    'their bytes',
+    'bytes trained',
     'bytes of moments',
     'moments / (2 x trained)',
     'least, largest load of an expert %',
   )
-  return _table(head, [_size_row(entry) for entry in group.values()])
+  table = _table(head, [_size_row(entry) for entry in group.values()])
+  return (
+    f'{table}\n\nThe load is that of the least and of the most used expert of '
+    'any layer, the mean of the last ten lines of the log.'
+  )
 
 
 def _size_row(entry: Entry) -> list[str]:
@@ -201,7 +212,7 @@ def _size_row(entry: Entry) -> list[str]:
     load = f'{100 * entry["load_low"]:.1f}, {100 * entry["load_high"]:.1f}'
   share = entry['moment_bytes'] / (2 * entry['trainable_bytes'])
   return [
-    _name(entry),
+    name(entry),
     *(f'{entry[f"{kind}parameters"]:,}' for kind in ('', 'active_')),
     f'{entry["trainable_parameters"]:,}',
     f'{entry["trainable_bytes"]:,}',
@@ -222,12 +233,12 @@ def _shift(group: Group) -> str:
   )
   rows = [
     [
-      _name(entry) if entry['updates'] else '(a) dense, as it is',
+      name(entry) if entry['updates'] else '(a) dense, as it is',
       f'{entry["updates"]:,}',
       *(
-        f'{rate(entry, name, corpus):.2f}'
+        f'{rate(entry, kind, corpus):.2f}'
         for corpus in ('an4', 'builtin')
-        for name in ('greedy', 'test')
+        for kind in ('greedy', 'test')
       ),
     ]
     for entry in group.values()
@@ -236,7 +247,7 @@ def _shift(group: Group) -> str:
 
 
 def _claims(entries: Sequence[Entry]) -> str:
-  """What the paper found, beside what was found here."""
+  """What the paper found, beside what was found here; empty if nothing."""
   rows = []
   for (study, seed), group in groups(entries).items():
     make = _shift_claims if study == 'shift' else _training_claims
@@ -244,8 +255,8 @@ def _claims(entries: Sequence[Entry]) -> str:
       [claim, paper, f'{study} {seed}', found]
       for claim, paper, found in make(group)
     ]
-  head = ('claim', 'paper', 'study, seed', 'found')
-  return _table(head, rows)
+  head = ('claim', 'paper', 'corpus, seed', 'found')
+  return _table(head, rows) if rows else ''
 
 
 def _training_claims(group: Group) -> Iterator[tuple[str, str, str]]:
@@ -274,7 +285,7 @@ def _error_claim(group: Group, letter: str) -> tuple[str, str, str]:
 
 
 def _time_claims(group: Group) -> Iterator[tuple[str, str, str]]:
-  """Training time at the lowest level that (c) and (d) have both reached."""
+  """What it took to the lowest level that (c) and (d) have both reached."""
   paper = f'up to -{_PAPER_SAVING} % training time'
   claim = '(d) needs less training than (c)'
   for level in reversed(chosen_levels(group)):
@@ -282,13 +293,18 @@ def _time_claims(group: Group) -> Iterator[tuple[str, str, str]]:
     theirs = levels_lib.cost(group['c'], level, None)
     if ours is None or theirs is None:
       continue
-    for name, mine in (
-      ('without', ours.seconds),
-      ('with', ours.seconds_in_all),
+    for word, seconds, updates in (
+      ('without', ours.seconds, ours.updates),
+      ('with', ours.seconds_in_all, ours.updates_in_all),
     ):
-      change = -levels_lib.less(mine, theirs.seconds)
-      found = f'{_signed(change)} % to {level:.1f} % greedy dev WER'
-      yield f'{claim}, {name} the dense training', paper, found
+      time = -levels_lib.less(seconds, theirs.seconds)
+      steps = -levels_lib.less(updates, theirs.updates)
+      yield (
+        f'{claim}, {word} that of (a)',
+        paper,
+        f'{_signed(time)} % time, {_signed(steps)} % updates '
+        f'to {level:.1f} % greedy dev WER',
+      )
     return
   yield claim, paper, 'no level that both have reached'
 

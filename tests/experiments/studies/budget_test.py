@@ -15,10 +15,11 @@ def _arms(tmp_path):
   return list(design.arms('builtin', 0, recipe, lengths, corpora))
 
 
-def _entry(updates, seconds, active=500):
+def _entry(updates, seconds, besides, active=500):
   return {
     'updates': updates,
-    'wall_seconds': seconds,
+    'seconds': seconds,
+    'wall_seconds': seconds + besides,
     'parameters': 500 if active == 500 else 1000,
     'active_parameters': active,
   }
@@ -26,16 +27,21 @@ def _entry(updates, seconds, active=500):
 
 def test_what_is_to_come_costs_what_it_did(tmp_path):
   arms = _arms(tmp_path)
-  # A minute for a hundred updates; so 2 of (b), and 1.3 times that for 1,400
-  # updates with experts.
-  entries = [_entry(600, 360)]
-  assert budget.minutes(entries) == 6
-  assert round(budget.minutes_to_come(entries, arms), 6) == 2 + 1.3 * 14
+  # A minute for a hundred updates, two for the rest; so 2 + 2 for (b), and 1.3
+  # times that for 1,400 updates and four arms with experts.
+  entries = [_entry(600, 360, 120)]
+  assert budget.minutes(entries) == 8
+  found = budget.minutes_to_come(entries, arms)
+  assert round(found, 6) == 2 + 2 + 1.3 * (14 + 4 * 2)
   # Once (c) has been measured, its cost counts.
-  entries += [_entry(200, 120), _entry(800, 960, active=700)]
-  assert round(budget.minutes_to_come(entries, arms), 6) == 2 * 6
-  done = entries + [_entry(200, 240, active=700)] * 3
+  entries += [_entry(200, 120, 120), _entry(800, 960, 180, active=700)]
+  assert round(budget.minutes_to_come(entries, arms), 6) == 3 * (4 + 3)
+  done = entries + [_entry(200, 240, 60, active=700)] * 3
   assert budget.minutes_to_come(done, arms) == 0
+
+
+def test_a_model_that_was_only_decoded_tells_nothing(tmp_path):
+  assert budget.minutes_to_come([_entry(0, 0, 90)], _arms(tmp_path)) == 0
 
 
 def test_too_long_is_said():

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import os
 import shutil
 import types
 
@@ -187,6 +188,8 @@ def test_only_experts_and_routers_move_in_the_frozen_arm(workdir):
 
 def test_tables_and_plots_are_written(workdir):
   text = (workdir / 'study.md').read_text()
+  assert text.startswith('## Upcycling, quick form\n')
+  assert 'Updates of (a), and of what continues it: an4: 4 and 4.' in text
   assert '### AN4 (recordings), seed 0' in text
   assert '| (e) UME, experts and routers train | 4 | 8 |' in text
   names = {path.name for path in (workdir / 'plots').iterdir()}
@@ -267,6 +270,22 @@ def test_a_signal_stops_between_steps_and_time_adds_up(
     known = json.loads((tmp_path / 'an4-0' / 'a' / 'arm.json').read_text())
     assert known['wall_seconds'] == 10 * sitting
   assert not (tmp_path / 'study.md').exists()
+
+
+def test_time_before_a_kill_counts(request_, tmp_path):
+  arm = _arms(request_, tmp_path)['a']
+  folder = tmp_path / arm.folder
+  folder.mkdir(parents=True)
+  known = {'asked': running._asked(arm), 'wall_seconds': 10.0}
+  for name in ('config.json', 'metrics.jsonl'):
+    (folder / name).touch()
+  for sitting, expected in (({'sitting': True}, 17.0), ({}, 10.0)):
+    preparing.write_json(folder / 'arm.json', known | sitting)
+    os.utime(folder / 'arm.json', (1000, 1000))
+    os.utime(folder / 'metrics.jsonl', (1007, 1007))
+    entry = running._begin(arm, folder)
+    assert entry['wall_seconds'] == expected
+    assert 'sitting' not in entry
 
 
 @pytest.mark.parametrize(

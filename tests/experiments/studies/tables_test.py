@@ -81,9 +81,14 @@ def test_what_was_expected_stands_beside_what_was_found(entries):
     '-25.0 (-25.0 to -25.0) % against (b)',
   ]
   # At 24 %, which (c) reaches after 250 s, (d) after 50, or 200 in all.
-  name = '(d) needs less training than (c), {} the dense training'
-  assert found[name.format('without')][2].startswith('-80.0 % to 24.0 %')
-  assert found[name.format('with')][2].startswith('-20.0 % to 24.0 %')
+  name = '(d) needs less training than (c), {} that of (a)'
+  level = 'to 24.0 % greedy dev WER'
+  assert found[name.format('without')][2] == (
+    f'-80.0 % time, -80.0 % updates {level}'
+  )
+  assert found[name.format('with')][2] == (
+    f'-20.0 % time, -20.0 % updates {level}'
+  )
   assert found['balancing keeps experts busy'][2] == (
     'least load 10.0 % with, 1.0 % without'
   )
@@ -104,6 +109,7 @@ def test_what_is_missing_is_left_out(entries):
     text = tables.markdown(entries[:count])
     assert text.count('| (a) dense |') == 2
     assert 'nan' not in text
+    assert ('### Expected and found' in text) == (count >= 4)
   assert 'No arm came 5 % below the 30.00 %' in tables.markdown(entries[:1])
 
 
