@@ -63,7 +63,7 @@ _WHERE = flags.DEFINE_string('where', 'all', 'As of experiments.upcycle.')
 _NOISE = flags.DEFINE_float('noise', 0.0, 'As of experiments.upcycle.')
 _DROP = flags.DEFINE_float('drop', 0.0, 'As of experiments.upcycle.')
 _BALANCE = flags.DEFINE_float(
-  'balance_loss_weight', 0.1, 'Of all that have experts, but (f).'
+  'balance_loss_weight', 0.1, 'Of (c), (d) and (e).'
 )
 _RATE = flags.DEFINE_float(
   'rate', 0.5, "Peak rate of what continues, as a share of the dense one's."
