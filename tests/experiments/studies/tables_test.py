@@ -136,4 +136,7 @@ def test_curves_are_drawn_where_there_are_any(entries):
   assert picture is not None
   assert picture.startswith(b'\x89PNG')
   assert plots.curves({'a': group['a']}) is not None
-  assert plots.curves({'a': {**group['a'], 'dev': []}}) is None
+  # Of a shift, whose dense model is as it was.
+  as_it_is = {**group['a'], 'dev': []}
+  assert plots.curves({'a': as_it_is, 'd': group['d']}) is not None
+  assert plots.curves({'a': as_it_is}) is None
