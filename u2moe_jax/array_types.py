@@ -24,12 +24,14 @@ them while JAX traces; otherwise it costs nothing.
 from collections.abc import Callable
 import os
 from typing import Any
+from typing import TypeAlias
 from typing import TypeVar
 
 from jax import Array
 from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import Int
+from jaxtyping import Int8
 from jaxtyping import jaxtyped
 from jaxtyping import Key
 from jaxtyping import Num
@@ -38,6 +40,10 @@ from jaxtyping import Shaped
 
 _F = TypeVar('_F', bound=Callable[..., Any])
 
+# The size of an axis: an int, or an expression of symbols where a program is
+# exported for any size (`jax.export`).
+Size: TypeAlias = Any
+
 TYPECHECK_VARIABLE = 'U2MOE_TYPECHECK'
 
 __all__ = [
@@ -45,10 +51,12 @@ __all__ = [
   'Bool',
   'Float',
   'Int',
+  'Int8',
   'Key',
   'Num',
   'PyTree',
   'Shaped',
+  'Size',
   'typechecked',
 ]
 

@@ -22,6 +22,9 @@ _T = TypeVar('_T')
 
 RouterType = Literal['topk_softmax', 'softmax_topk']
 Executor = str  # `auto`, or a file in ops/executors
+# How parameters lie: as they are trained, or as decoding reads them fastest
+# (models/inference.py). No config key: a checkpoint says which form it has.
+Form = Literal['training', 'inference']
 Subsampling = Literal['conv2d', 'conv2d6', 'conv2d8']
 Position = Literal['rel_pos', 'abs_pos', 'no_pos', 'rope_pos']
 ConvNorm = Literal['layer_norm', 'batch_norm', 'rms_norm']

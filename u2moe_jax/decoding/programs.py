@@ -186,7 +186,10 @@ def search_attention(
     max_lengths = jnp.full((batch,), num_frames, jnp.int32)
     counted_starts = int(model.config.sos != model.config.eos)
   decoder = u2.make_decoder(
-    model.config, model.config.decoder.num_blocks, unrolled=True
+    model.config,
+    model.config.decoder.num_blocks,
+    unrolled=True,
+    form=model.form,
   )
   variables = {'params': decoder_lib.unstack(params['forward_decoder'])}
 
@@ -271,7 +274,7 @@ def scorer(
   name, num_blocks = 'forward_decoder', config.decoder.num_blocks
   if reverse:
     name, num_blocks = 'backward_decoder', config.decoder.num_reverse_blocks
-  module = u2.make_decoder(config, num_blocks)
+  module = u2.make_decoder(config, num_blocks, form=model.form)
   return Scorer(module, config.sos, config.eos), params[name]
 
 

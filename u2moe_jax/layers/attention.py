@@ -87,12 +87,14 @@ class MultiHeadAttention(nn.Module):
     dropout: on attention weights, active when a `dropout` key is given.
     key_position: keys get a learned score of their absolute position (the
       reference's `rel_selfattn`, which never shifts).
+    fused: one kernel for queries, keys and values; for self-attention.
     dtype: compute type.
   """
 
   num_heads: int
   dropout: float = 0.0
   key_position: bool = False
+  fused: bool = False
   dtype: linear.Dtype = jnp.float32
 
   @nn.compact
@@ -112,7 +114,8 @@ class MultiHeadAttention(nn.Module):
 
     Args:
       x: queries before projection.
-      memory: frames to project to keys and values, or projected ones.
+      memory: frames to project to keys and values, or projected ones; with
+        `fused` it is x.
       mask: True where a query may look at a key; P counts past and new.
       past: cached keys and values, in front of those of `memory`; their
         layout is that of the result.
@@ -126,15 +129,7 @@ class MultiHeadAttention(nn.Module):
     """
     width = x.shape[-1]
     head_dim = width // self.num_heads
-    query = self._project('query', width)(x)  # [B, T, H, K]
-    new: Keys
-    if isinstance(memory, Keys):
-      new = memory
-    else:
-      new = KeyValue(
-        key=self._project('key', width)(memory),
-        value=self._project('value', width)(memory),
-      )
+    query, new = self._project_all(x, memory)
     if rotation is not None:
       query = positional.rotate(query, rotation)
       new = dataclasses.replace(new, key=positional.rotate(new.key, rotation))
@@ -158,6 +153,27 @@ class MultiHeadAttention(nn.Module):
       name='output',
     )(output)
     return output, keys
+
+  def _project_all(self, x, memory) -> tuple[Array, Keys]:
+    """Queries (B, T, H, K), and the new keys and values."""
+    width = x.shape[-1]
+    if self.fused:
+      shape = (3, self.num_heads, width // self.num_heads)
+      fused = linear.dense(
+        shape,
+        fan_in=width,
+        kernel_axes=(axes.EMBED, axes.KV, axes.HEADS, axes.KV),
+        dtype=self.dtype,
+        name='query_key_value',
+      )(x)  # [B, T, 3, H, K]
+      return fused[:, :, 0], KeyValue(key=fused[:, :, 1], value=fused[:, :, 2])
+    query = self._project('query', width)(x)
+    if isinstance(memory, Keys):
+      return query, memory
+    return query, KeyValue(
+      key=self._project('key', width)(memory),
+      value=self._project('value', width)(memory),
+    )
 
   def _project(self, name: str, width: int, use_bias: bool = True):
     return linear.dense(

@@ -16,7 +16,7 @@ from u2moe_jax.layers import linear
 from u2moe_jax.ops import convolution
 from u2moe_jax.sharding import axes
 
-_EPSILON = 1e-5
+EPSILON = 1e-5  # of the norms
 _MOMENTUM = 0.1
 
 
@@ -39,6 +39,7 @@ class ConvolutionModule(nn.Module):
     padding_leak: keep what padded frames hold before the depthwise kernel, as
       the reference does; matters for the non-causal form only.
     batch_norm_padding: count padded frames in training statistics.
+    folded: a batch norm is already in the depthwise kernel and bias.
     dtype: compute type.
   """
 
@@ -48,6 +49,7 @@ class ConvolutionModule(nn.Module):
   activation: Activation = 'swish'
   padding_leak: bool = False
   batch_norm_padding: bool = False
+  folded: bool = False
   dtype: linear.Dtype = jnp.float32
 
   @nn.compact
@@ -126,6 +128,8 @@ class ConvolutionModule(nn.Module):
       return linear.layer_norm('norm')(x), None
     if self.norm == 'rms_norm':
       return self._rms_norm(x), None
+    if self.folded:
+      return x, None
     if running is None:
       raise ValueError('batch_norm needs its running statistics (buffers)')
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -133,7 +137,7 @@ class ConvolutionModule(nn.Module):
     if self.has_rng('dropout'):
       counted = jnp.ones_like(mask) if self.batch_norm_padding else mask
       mean, variance, running = _batch_statistics(x, counted, running)
-    x = (x - mean[None, None]) * jax.lax.rsqrt(variance + _EPSILON)[None, None]
+    x = (x - mean[None, None]) * jax.lax.rsqrt(variance + EPSILON)[None, None]
     scale = self._channel_param('scale', nn.initializers.ones, x)
     bias = self._channel_param('bias', nn.initializers.zeros, x)
     return x * scale[None, None] + bias[None, None], running
@@ -143,7 +147,7 @@ class ConvolutionModule(nn.Module):
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     power = jnp.mean(x**2, axis=-1, keepdims=True)
     offset = self._channel_param('offset', nn.initializers.zeros, x)
-    return x * jax.lax.rsqrt(power + _EPSILON) * (1 + offset)[None, None]
+    return x * jax.lax.rsqrt(power + EPSILON) * (1 + offset)[None, None]
 
   def _channel_param(self, name, init, x):
     names = (axes.CONV_CHANNEL,)

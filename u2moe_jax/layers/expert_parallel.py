@@ -78,7 +78,7 @@ def expert_parts() -> int:
 def expert_feed_forward(
   x: Float[Array, 'S D'],
   plan: Routing,
-  weights: grouped_matmul.ExpertWeights,
+  weights: grouped_matmul.ExpertWeights | grouped_matmul.SeparateWeights,
   *,
   activation: grouped_matmul.Activation,
   executor: Executor = 'auto',
@@ -99,6 +99,7 @@ def expert_feed_forward(
   )
   if split is None:
     return run(x, plan, weights)
+  weights = grouped_matmul.stacked(weights)
   if split.experts:
     run = functools.partial(
       _exchange,

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 from u2moe_jax.array_types import Array
 from u2moe_jax.array_types import Float
+from u2moe_jax.array_types import PyTree
+from u2moe_jax.ops import quantization
 from u2moe_jax.sharding import axes
 
 Dtype: TypeAlias = jax.typing.DTypeLike
@@ -38,6 +40,44 @@ def parameter(
   return cast(Array, module.param(name, boxed, tuple(shape)))
 
 
+def weight(
+  module: nn.Module,
+  name: str,
+  init: Callable[..., Array],
+  names: Sequence[str | None],
+  shape: Sequence[int],
+  *,
+  dtype: Dtype,
+) -> quantization.Matrix:
+  """Declares a parameter to compute with in `dtype`, or in 8 bits.
+
+  A checkpoint may have it in 8 bits (`models/inference.py`): then its scale
+  stands beside it, and no other parameter is asked for.
+  """
+  value = parameter(module, name, init, names, shape)
+  scale = scale_name(name)
+  if not module.has_variable('params', scale):
+    return value.astype(dtype)
+  return quantization.Int8Matrix(
+    values=value, scale=module.get_variable('params', scale)
+  )
+
+
+def scale_name(name: str) -> str:
+  """The name of the scale of a parameter in 8 bits."""
+  return f'{name}_scale'
+
+
+def float_kernel(params: PyTree) -> Array:
+  """The kernel among the parameters of a `Linear` of one input axis."""
+  scale = params.get(scale_name('kernel'))
+  if scale is None:
+    return params['kernel']
+  return quantization.dequantize(
+    quantization.Int8Matrix(values=params['kernel'], scale=scale)
+  )
+
+
 class Linear(nn.Module):
   """A linear map of the last `contract` axes to `features`.
 
@@ -61,11 +101,16 @@ class Linear(nn.Module):
   def __call__(self, x: Float[Array, '...']) -> Float[Array, '...']:
     inputs = x.shape[x.ndim - self.contract :]
     init = uniform_fan_in(self.fan_in)
-    kernel = parameter(
-      self, 'kernel', init, self.kernel_axes, (*inputs, *self.features)
+    kernel = weight(
+      self,
+      'kernel',
+      init,
+      self.kernel_axes,
+      (*inputs, *self.features),
+      dtype=self.dtype,
     )
-    x = jnp.tensordot(
-      x.astype(self.dtype), kernel.astype(self.dtype), axes=self.contract
+    x = quantization.tensordot(
+      x.astype(self.dtype), kernel, contract=self.contract
     )
     if not self.use_bias:
       return x

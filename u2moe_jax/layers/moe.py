@@ -46,6 +46,7 @@ class MoeFeedForward(nn.Module):
     config: experts, top-k, router form, executor.
     hidden_dim: width M of each expert.
     activation: inside the experts.
+    separate: one array per expert and parameter, as decoding wants them.
     dtype: compute type; the router is float32.
 
   There is no dropout inside the experts: every executor would draw other
@@ -55,6 +56,7 @@ class MoeFeedForward(nn.Module):
   config: MoeConfig
   hidden_dim: int
   activation: Activation = 'relu'
+  separate: bool = False
   dtype: linear.Dtype = jnp.float32
 
   @nn.compact
@@ -78,7 +80,7 @@ class MoeFeedForward(nn.Module):
     executed = expert_parallel.expert_feed_forward(
       tokens.astype(self.dtype),
       plan,
-      self._experts(width),
+      self._separate_experts(width) if self.separate else self._experts(width),
       activation=activations.get(self.activation),
       executor=config.executor,
       # At evaluation nothing is dropped: a token's answer must not depend
@@ -128,4 +130,45 @@ class MoeFeedForward(nn.Module):
       b_in=param('b_in', width, (hidden,), into[1:]),
       w_out=param('w_out', hidden, (hidden, width), out),
       b_out=param('b_out', hidden, (width,), out[1:]),
+    )
+
+  def _separate_experts(self, width: int) -> grouped_matmul.SeparateWeights:
+    experts = (
+      _Expert(self.hidden_dim, width, dtype=self.dtype, name=f'expert_{e}')
+      for e in range(self.config.num_experts)
+    )
+    return tuple(expert() for expert in experts)
+
+
+class _Expert(nn.Module):
+  """Holds the parameters of one expert.
+
+  Attributes:
+    hidden_dim: M.
+    width: D.
+    dtype: compute type.
+  """
+
+  hidden_dim: int
+  width: int
+  dtype: linear.Dtype
+
+  @nn.compact
+  def __call__(self) -> grouped_matmul.SeparateExpert:
+    hidden, width = self.hidden_dim, self.width
+
+    def kernel(name, names, shape):
+      init = linear.uniform_fan_in(shape[1])
+      return linear.weight(self, name, init, names, shape, dtype=self.dtype)
+
+    def bias(name, axis, size, fan_in):
+      init = linear.uniform_fan_in(fan_in)
+      value = linear.parameter(self, name, init, (axis,), (size,))
+      return value.astype(self.dtype)
+
+    return grouped_matmul.SeparateExpert(
+      w_in=kernel('w_in', (axes.MLP, axes.EMBED), (hidden, width)),
+      b_in=bias('b_in', axes.MLP, hidden, width),
+      w_out=kernel('w_out', (axes.EMBED, axes.MLP), (width, hidden)),
+      b_out=bias('b_out', axes.EMBED, width, hidden),
     )

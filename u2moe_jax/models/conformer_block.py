@@ -74,11 +74,13 @@ class ConformerBlock(nn.Module):
   Attributes:
     config: the encoder.
     experts: which feed-forward layers have experts.
+    form: of the parameters.
     dtype: compute type.
   """
 
   config: config_lib.EncoderConfig
   experts: tuple[str, ...]
+  form: config_lib.Form = 'training'
   dtype: linear.Dtype = jnp.float32
 
   @nn.compact
@@ -117,6 +119,7 @@ class ConformerBlock(nn.Module):
         config.moe,
         config.ffn_dim,
         config.activation,
+        separate=self.form == 'inference',
         dtype=self.dtype,
         name=f'ffn_{name}',
       )
@@ -137,6 +140,7 @@ class ConformerBlock(nn.Module):
       self.config.num_heads,
       self.config.attention_dropout,
       key_position=self.config.position == 'rel_pos',
+      fused=self.form == 'inference',
       dtype=self.dtype,
       name='attention',
     )
@@ -159,6 +163,7 @@ class ConformerBlock(nn.Module):
       config.activation,
       config.conv_padding_leak,
       config.batch_norm_padding,
+      folded=self.form == 'inference',
       dtype=self.dtype,
       name='convolution',
     )

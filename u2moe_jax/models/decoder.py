@@ -107,11 +107,13 @@ class DecoderLayer(nn.Module):
   Attributes:
     config: the decoder.
     experts: `('ffn',)` if the feed-forward layer has experts, else `()`.
+    form: of the parameters.
     dtype: compute type.
   """
 
   config: config_lib.DecoderConfig
   experts: tuple[str, ...]
+  form: config_lib.Form = 'training'
   dtype: linear.Dtype = jnp.float32
 
   @nn.compact
@@ -142,14 +144,16 @@ class DecoderLayer(nn.Module):
   def _dropout(self, x):
     return dropout_lib.Dropout(self.config.dropout)(x)
 
-  def _attention(self, name, dropout):
+  def _attention(self, name, dropout, *, fused=False):
     return attention.MultiHeadAttention(
-      self.config.num_heads, dropout, dtype=self.dtype, name=name
+      self.config.num_heads, dropout, fused=fused, dtype=self.dtype, name=name
     )
 
   def _self_attention(self, x, past, context):
     layer = self._attention(
-      'self_attention', self.config.self_attention_dropout
+      'self_attention',
+      self.config.self_attention_dropout,
+      fused=self.form == 'inference',
     )
     return layer(
       x, x, context.attention_mask, past=past, write_at=context.write_at
@@ -172,6 +176,7 @@ class DecoderLayer(nn.Module):
         config.moe,
         config.ffn_dim,
         config.activation,
+        separate=self.form == 'inference',
         dtype=self.dtype,
         name='ffn',
       )
@@ -198,6 +203,7 @@ class TransformerDecoder(nn.Module):
     dtype: compute type.
     unrolled: every layer is a module of its own, as `step` needs it, and the
       parameters are those of `unstack`.
+    form: of the parameters; that of inference is unrolled.
   """
 
   config: config_lib.DecoderConfig
@@ -206,6 +212,7 @@ class TransformerDecoder(nn.Module):
   model_dim: int
   dtype: linear.Dtype = jnp.float32
   unrolled: bool = False
+  form: config_lib.Form = 'training'
 
   def setup(self):
     self.embedding = nn.Embed(
@@ -216,15 +223,14 @@ class TransformerDecoder(nn.Module):
       ),
       dtype=self.dtype,
     )
-    if self.unrolled:
-      self.layers: Any = [
-        DecoderLayer(self.config, experts, dtype=self.dtype)
-        for experts in self._kinds
-      ]
-    else:
-      self.layers = stack.build(
-        DecoderLayer, self.config, self._kinds, dtype=self.dtype
-      )
+    self.layers: Any = stack.build(
+      DecoderLayer,
+      self.config,
+      self._kinds,
+      unrolled=self.unrolled or self.form == 'inference',
+      form=self.form,
+      dtype=self.dtype,
+    )
     self.norm = linear.layer_norm()
     self.output = linear.dense(
       self.vocab_size,
@@ -336,10 +342,10 @@ class TransformerDecoder(nn.Module):
     tokens = attention.HeadsFirst(key=empty, value=empty)
 
     def project(layer, name):
-      parameters = layer.variables['params']['cross_attention'][name]
-      part = jax.tree.map(lambda x: x.astype(self.dtype), parameters)
-      bias = part['bias'][None, :, None]  # [1, H, 1, K]
-      return jnp.einsum('BTD,DHK->BHTK', memory, part['kernel']) + bias
+      part = layer.variables['params']['cross_attention'][name]
+      kernel = linear.float_kernel(part).astype(self.dtype)
+      bias = part['bias'].astype(self.dtype)[None, :, None]  # [1, H, 1, K]
+      return jnp.einsum('BTD,DHK->BHTK', memory, kernel) + bias
 
     return tuple(
       LayerCache(
@@ -363,7 +369,12 @@ class TransformerDecoder(nn.Module):
 
 
 def unstack(params: PyTree) -> PyTree:
-  """The parameters of a decoder as its unrolled form wants them."""
+  """The parameters of a decoder as its unrolled form wants them.
+
+  Those of the inference form are unrolled already.
+  """
+  if 'layers' not in params:
+    return params
   layers = {
     f'layers_{i}': layer
     for i, layer in enumerate(stack.unstack(params['layers']))

@@ -51,10 +51,12 @@ class ConformerEncoder(nn.Module):
 
   Attributes:
     config: the encoder.
+    form: of the parameters.
     dtype: compute type.
   """
 
   config: config_lib.EncoderConfig
+  form: config_lib.Form = 'training'
   dtype: linear.Dtype = jnp.float32
 
   def setup(self):
@@ -69,6 +71,8 @@ class ConformerEncoder(nn.Module):
       conformer_block.ConformerBlock,
       config,
       config.expert_ffns,
+      unrolled=self.form == 'inference',
+      form=self.form,
       dtype=self.dtype,
     )
     self.norm = linear.layer_norm()

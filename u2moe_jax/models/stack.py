@@ -5,6 +5,9 @@ alike, each parameter is one array of L. Where the difference repeats with a
 period p (`every:2`: p = 2; where nothing repeats: p = L), the scan is over
 L / p groups of p blocks, and block i is entry i // p of the arrays under
 `block_{i % p}`.
+
+The inference form has no such stack: each block is a module of its own, so
+that nothing is sliced out of an array before it is multiplied.
 """
 
 from collections.abc import Sequence
@@ -57,8 +60,10 @@ def build(
   block: type[nn.Module],
   config: config_lib.EncoderConfig | config_lib.DecoderConfig,
   kinds: Kinds,
+  *,
+  unrolled: bool = False,
   **fields: Any,
-) -> nn.Module:
+) -> nn.Module | list[nn.Module]:
   """Makes L blocks `(x, state, context) -> (x, output)` one module.
 
   Args:
@@ -67,11 +72,14 @@ def build(
     config: of the blocks; says whether to scan (False unrolls the loop, the
       parameter tree is the same) and what to recompute in the backward pass.
     kinds: what each block is.
+    unrolled: a module for each block, with parameters of its own.
     **fields: the others.
 
   Returns:
-    A module to be called by `run`.
+    What `run` takes: one module, or one for each block.
   """
+  if unrolled:
+    return [block(config, kind, **fields) for kind in kinds]
   if config.remat:
     # A scan already keeps XLA from undoing the recomputation. Of dots only
     # those with parameters are kept: those with a batch, as in attention, are
@@ -101,7 +109,11 @@ def build(
 
 
 def run(
-  blocks: nn.Module, kinds: Kinds, x: Array, state: PyTree, context: PyTree
+  blocks: nn.Module | list[nn.Module],
+  kinds: Kinds,
+  x: Array,
+  state: PyTree,
+  context: PyTree,
 ) -> tuple[Array, Any]:
   """Runs a stack.
 
@@ -116,6 +128,8 @@ def run(
     The last block's result, and `output` stacked over L; its `moe` over the
     blocks that have such a layer.
   """
+  if not isinstance(blocks, nn.Module):
+    return _run_each(blocks, x, state, context)
   size = period(kinds)
   if size == 1:
     return blocks(x, state, context)
@@ -137,13 +151,20 @@ class _Group(nn.Module):
 
   @nn.compact
   def __call__(self, x, state, context):
-    outputs = []
-    for i, kind in enumerate(self.kinds):
-      block = self.make(kind, name=f'block_{i}')
-      own = jax.tree.map(lambda a, i=i: a[i], state)
-      x, output = block(x, own, context)
-      outputs.append(output)
-    return x, _together(outputs)
+    blocks = (
+      self.make(kind, name=f'block_{i}') for i, kind in enumerate(self.kinds)
+    )
+    return _run_each(blocks, x, state, context)
+
+
+def _run_each(blocks, x, state, context):
+  """Runs modules in a row, as `run` does."""
+  outputs = []
+  for i, block in enumerate(blocks):
+    own = jax.tree.map(lambda a, i=i: a[i], state)
+    x, output = block(x, own, context)
+    outputs.append(output)
+  return x, _together(outputs)
 
 
 def _together(outputs: Sequence[Any]) -> Any:

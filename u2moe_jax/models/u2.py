@@ -74,14 +74,19 @@ class U2MoeModel(nn.Module):
 
   Attributes:
     config: the model.
+    form: of the parameters: as they train, or as decoding reads them fastest
+      (`models/inference.py`).
   """
 
   config: config_lib.ModelConfig
+  form: config_lib.Form = 'training'
 
   def setup(self):
     config = self.config
     dtype = jnp.dtype(config.dtype)
-    self.encoder = encoder.ConformerEncoder(config.encoder, dtype=dtype)
+    self.encoder = encoder.ConformerEncoder(
+      config.encoder, form=self.form, dtype=dtype
+    )
     self.ctc = linear.dense(
       config.vocab_size,
       fan_in=config.encoder.model_dim,
@@ -89,10 +94,12 @@ class U2MoeModel(nn.Module):
       dtype=dtype,
     )
     if config.decoder.num_blocks:
-      self.forward_decoder = make_decoder(config, config.decoder.num_blocks)
+      self.forward_decoder = make_decoder(
+        config, config.decoder.num_blocks, form=self.form
+      )
     if config.decoder.num_reverse_blocks:
       self.backward_decoder = make_decoder(
-        config, config.decoder.num_reverse_blocks
+        config, config.decoder.num_reverse_blocks, form=self.form
       )
 
   def __call__(
@@ -215,7 +222,11 @@ def _decode(module, inputs, memory, memory_mask) -> DecoderScores:
 
 
 def make_decoder(
-  config: config_lib.ModelConfig, num_blocks: int, *, unrolled: bool = False
+  config: config_lib.ModelConfig,
+  num_blocks: int,
+  *,
+  unrolled: bool = False,
+  form: config_lib.Form = 'training',
 ) -> decoder.TransformerDecoder:
   """One of the decoders; unrolled, as a search steps through it."""
   return decoder.TransformerDecoder(
@@ -225,6 +236,7 @@ def make_decoder(
     config.encoder.model_dim,
     dtype=jnp.dtype(config.dtype),
     unrolled=unrolled,
+    form=form,
   )
 
 

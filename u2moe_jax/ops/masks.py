@@ -7,6 +7,7 @@ from u2moe_jax.array_types import Array
 from u2moe_jax.array_types import Bool
 from u2moe_jax.array_types import Int
 from u2moe_jax.array_types import Key
+from u2moe_jax.array_types import Size
 from u2moe_jax.array_types import typechecked
 
 # The longest training chunk, in milliseconds of a 10 ms frame shift: 25
@@ -16,7 +17,7 @@ MAX_CHUNK_INPUT_FRAMES = 100
 
 @typechecked
 def length_mask(
-  lengths: Int[Array, 'B'], *, max_length: int
+  lengths: Int[Array, 'B'], *, max_length: Size
 ) -> Bool[Array, 'B T']:
   """Marks the positions below each length."""
   return jnp.arange(max_length)[None, :] < lengths[:, None]  # [B, T]
@@ -31,7 +32,7 @@ def causal_mask(size: int) -> Bool[Array, 'U U']:
 
 @typechecked
 def chunk_mask(
-  size: int,
+  size: Size,
   *,
   chunk_size: int | Int[Array, ''],
   left_chunks: int | Int[Array, ''] = -1,

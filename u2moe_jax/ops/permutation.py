@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from u2moe_jax.array_types import Array
 from u2moe_jax.array_types import Float
 from u2moe_jax.array_types import Int
+from u2moe_jax.array_types import Size
 from u2moe_jax.array_types import typechecked
 from u2moe_jax.ops.routing import Routing
 
@@ -45,7 +46,7 @@ def rank_in_expert(
 
 
 @typechecked
-def make_slots(position: Int[Array, 'S J'], num_rows: int) -> Slots:
+def make_slots(position: Int[Array, 'S J'], num_rows: Size) -> Slots:
   """Inverts `position`, which is `num_rows` for a pair without a row."""
   num_tokens, num_kept = position.shape
   token = jnp.arange(num_tokens * num_kept, dtype=jnp.int32) // num_kept

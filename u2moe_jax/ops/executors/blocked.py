@@ -15,6 +15,7 @@ from u2moe_jax.array_types import Array
 from u2moe_jax.array_types import Int
 from u2moe_jax.ops import grouped_matmul
 from u2moe_jax.ops import permutation
+from u2moe_jax.ops import quantization
 from u2moe_jax.ops.routing import Routing
 
 # (most pairs per expert, rows of a block): large blocks multiply faster, small
@@ -95,16 +96,17 @@ def _set_block(array: Array, i: Array, value: Array) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _run_blocks(activation, block_size, rows, weights, blocks):
   def run_block(i, expert, out):
-    hidden = _block(rows, i, block_size) @ expert.w_in
-    hidden = activation(hidden + expert.b_in[None])
+    row = _block(rows, i, block_size)
+    hidden = activation(row @ expert.w_in + expert.b_in[None])
     return _set_block(out, i, hidden @ expert.w_out + expert.b_out[None])
 
   def run_columns(expert, i, out):
     # Without the barriers XLA puts the matrices on the right again.
     columns = jax.lax.optimization_barrier(_block(rows, i, block_size).T)
-    hidden = activation(expert.w_in @ columns + expert.b_in[:, None])
-    columns = expert.w_out @ hidden + expert.b_out[:, None]
-    return _set_block(out, i, jax.lax.optimization_barrier(columns).T)
+    hidden = quantization.matmul(expert.w_in, columns) + expert.b_in[:, None]
+    columns = quantization.matmul(expert.w_out, activation(hidden))
+    columns = jax.lax.optimization_barrier(columns + expert.b_out[:, None])
+    return _set_block(out, i, columns.T)
 
   out = jnp.zeros_like(rows)
   if isinstance(weights, tuple):
