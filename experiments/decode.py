@@ -92,8 +92,8 @@ def main(_) -> int:
     )
   if host is not None:
     _use_own_devices(host)
-  found = directory.find(_CHECKPOINT.value)
-  decode_flags.warn(found.description.model, config)
+  found = directory.find(_CHECKPOINT.value, for_decoding=True)
+  decode_flags.warn(found.description, config)
   rate = found.description.features.sample_rate
   source = sources.open_source(_MANIFEST.value, split='test', sample_rate=rate)
   print(f'checkpoint: {found.choice}')

@@ -46,7 +46,7 @@ def main(_) -> int:
   recognizer = recognizer_lib.Recognizer.from_checkpoint(
     _CHECKPOINT.value, config=config
   )
-  decode_flags.warn(recognizer.description.model, config)
+  decode_flags.warn(recognizer.description, config)
   pool = sessions.Sessions(
     recognizer, slots=len(names), endpoints=_ENDPOINTS.value
   )

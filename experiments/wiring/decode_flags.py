@@ -1,9 +1,14 @@
 """Flags that make a DecodeConfig, shared by decode and stream."""
 
+from typing import TYPE_CHECKING
+
 from absl import flags
 from absl import logging
 
 from u2moe_jax import config as config_lib
+
+if TYPE_CHECKING:
+  from u2moe_jax.checkpoint import directory
 
 _DEFAULT = config_lib.DecodeConfig()
 
@@ -106,10 +111,17 @@ def config() -> config_lib.DecodeConfig:
 
 
 def warn(
-  model: config_lib.ModelConfig, config: config_lib.DecodeConfig
+  description: 'directory.Description', config: config_lib.DecodeConfig
 ) -> None:
-  """Says what of the settings the model was never trained for."""
+  """Says what the model was never trained for: settings, rounded weights."""
   from u2moe_jax.decoding import recognizer
 
-  for line in recognizer.cautions(config, model):
+  for line in recognizer.cautions(config, description.model):
     logging.warning('%s; expect more errors', line)
+  weights = description.provenance.get('weights', 'float32')
+  if description.form == 'inference' and weights != 'float32':
+    logging.warning(
+      'this model has its weights in %s; its answers may differ from those of '
+      'the one it was made from',
+      weights,
+    )

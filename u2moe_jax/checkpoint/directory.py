@@ -5,8 +5,13 @@ MODEL/
   tokens/      token table; without it decoding prints ids
   params/      Orbax item: parameters and buffers, blocks and experts stacked
   moments/     Orbax item, seldom there: Adam's, for a training from this model
+
+In the inference form (`models/inference.py`) params/ is what `mapped.py` writes,
+and the format version is one that older programs refuse.
 """
 
+from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Mapping
 import dataclasses
 import json
@@ -25,10 +30,14 @@ import u2moe_jax
 from u2moe_jax import config as config_lib
 from u2moe_jax.array_types import PyTree
 from u2moe_jax.checkpoint import contents
+from u2moe_jax.checkpoint import mapped
 from u2moe_jax.checkpoint import processes
+from u2moe_jax.models import inference
 from u2moe_jax.models import u2
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# What the first program could read is still written for it.
+_VERSIONS: dict[config_lib.Form, int] = {'training': 1, 'inference': 2}
 _MOMENTS = 'moments'
 Path = str | os.PathLike[str]
 CheckpointError = contents.CheckpointError
@@ -42,11 +51,13 @@ class Description:
     model: the model.
     features: the filterbank it was trained on.
     provenance: command, versions, device, seeds, step, ...
+    form: of the parameters.
   """
 
   model: config_lib.ModelConfig
   features: config_lib.FeatureConfig
   provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  form: config_lib.Form = 'training'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +65,8 @@ class Found:
   """A checkpoint that was found.
 
   Attributes:
-    params: folder of the Orbax item with parameters and buffers.
+    params: folder with parameters and buffers; an Orbax item, unless the
+      model is in the inference form.
     tokens: folder of the token table, or None.
     description: the model.
     choice: one line that says what was chosen.
@@ -108,6 +120,49 @@ def write(
   Raises:
     CheckpointError: see `require_replaceable`.
   """
+
+  def save(folder: pathlib.Path) -> None:
+    with ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save(
+        folder / 'params', {'params': params, 'buffers': buffers}
+      )
+      if moments is not None:
+        checkpointer.save(folder / _MOMENTS, moments)
+
+  _write(path, description, save, tokens=tokens, extras=extras or {})
+
+
+def write_inference(
+  path: Path,
+  description: Description,
+  arrays: Iterable[tuple[str, np.ndarray]],
+  *,
+  tokens: Path | None = None,
+) -> None:
+  """Writes a model directory in the inference form, array by array.
+
+  Args:
+    path: the folder; an existing one is replaced at the end.
+    description: the model.
+    arrays: paths and arrays, as `inference.convert` yields them.
+    tokens: folder of the token table to copy.
+
+  Raises:
+    CheckpointError: see `require_replaceable`.
+  """
+  description = dataclasses.replace(description, form='inference')
+  save = lambda folder: mapped.write(folder / 'params', arrays)
+  _write(path, description, save, tokens=tokens, extras={})
+
+
+def _write(
+  path: Path,
+  description: Description,
+  save: Callable[[pathlib.Path], None],
+  *,
+  tokens: Path | None,
+  extras: Mapping[str, Path],
+) -> None:
   path = pathlib.Path(path).absolute()
   require_replaceable(path)
   unfinished = path.with_name(path.name + '.unfinished')
@@ -115,14 +170,9 @@ def write(
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
   processes.wait(f'begin {path}')
-  with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(
-      unfinished / 'params', {'params': params, 'buffers': buffers}
-    )
-    if moments is not None:
-      checkpointer.save(unfinished / _MOMENTS, moments)
+  save(unfinished)
   if processes.is_first():
-    _write_rest(unfinished, description, tokens, extras or {})
+    _write_rest(unfinished, description, tokens, extras)
     _replace(path, unfinished)
   processes.wait(f'end {path}')
 
@@ -160,7 +210,8 @@ def _replace(path: pathlib.Path, unfinished: pathlib.Path) -> None:
 
 def _to_json(description: Description) -> dict[str, Any]:
   return {
-    'format_version': FORMAT_VERSION,
+    'format_version': _VERSIONS[description.form],
+    'form': description.form,
     'model': config_lib.to_dict(description.model),
     'features': config_lib.to_dict(description.features),
     'provenance': dict(description.provenance),
@@ -185,6 +236,7 @@ def describe(path: Path) -> Description:
     model=config_lib.from_dict(config_lib.ModelConfig, tree['model']),
     features=config_lib.from_dict(config_lib.FeatureConfig, tree['features']),
     provenance=tree.get('provenance', {}),
+    form=tree.get('form', 'training'),
   )
 
 
@@ -197,17 +249,28 @@ def _read_json(file: pathlib.Path) -> dict[str, Any]:
     raise CheckpointError(f'{file}: not JSON ({error})') from None
 
 
-def find(path: Path) -> Found:
+def find(path: Path, *, for_decoding: bool = False) -> Found:
   """Finds a checkpoint.
 
   Args:
     path: a MODEL folder; a WORKDIR (its `model/`, else the step of lowest dev
       WER, else the newest); or one step folder of a WORKDIR.
+    for_decoding: whether the inference form will do, too.
 
   Raises:
-    CheckpointError: if there is no checkpoint; says what was looked for.
+    CheckpointError: if there is no checkpoint, or one in the inference form
+      where that will not do; says what was looked for.
   """
-  path = pathlib.Path(path).absolute()
+  found = _find(pathlib.Path(path).absolute())
+  if found.description.form != 'training' and not for_decoding:
+    raise CheckpointError(
+      f'{found.params.parent}: this model is in the inference form, which can '
+      'be decoded with and nothing else; take the one it was made from'
+    )
+  return found
+
+
+def _find(path: pathlib.Path) -> Found:
   if not path.is_dir():
     raise CheckpointError(f'{path}: no such folder')
   if (path / 'model.json').is_file():
@@ -254,10 +317,15 @@ def dev_wer(folder: Path) -> float | None:
 
 def _found_model(path: pathlib.Path, choice: str) -> Found:
   tokens, moments = path / 'tokens', path / _MOMENTS
+  description = describe(path)
+  if description.form == 'inference':
+    # What is in 8 bits is another model, and nobody should miss that.
+    weights = description.provenance.get('weights', 'unknown weights')
+    choice += f', inference form ({weights})'
   return Found(
     params=path / 'params',
     tokens=tokens if tokens.is_dir() else None,
-    description=describe(path),
+    description=description,
     choice=choice,
     moments=moments if moments.is_dir() else None,
   )
@@ -303,11 +371,13 @@ def restore(
   Args:
     found: see `find`.
     target: abstract `{'params', 'buffers'}` with shardings; None puts all on
-      the first device.
+      the first device, as does the inference form always.
 
   Raises:
     CheckpointError: if the arrays do not fit the model.
   """
+  if found.description.form == 'inference':
+    return _restore_inference(found)
   if target is None:
     target = abstract_variables(found.description.model)
   tree = _restore(found.params, target)
@@ -345,3 +415,11 @@ def _restore(item: pathlib.Path, target: PyTree) -> PyTree:
     raise CheckpointError(
       f'{item}: cannot be read: {contents.first_line(error)}'
     ) from error
+
+
+def _restore_inference(found: Found) -> tuple[PyTree, PyTree]:
+  """Maps the arrays; on CPU they stay where the file is mapped."""
+  arrays = mapped.read(found.params)
+  placed = jax.device_put(arrays, jax.devices()[0])
+  tree = inference.nest(placed.items())
+  return tree['params'], tree['buffers']

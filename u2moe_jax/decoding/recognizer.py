@@ -90,7 +90,7 @@ class Recognizer:
       params, buffers = jax.device_put((params, buffers), everywhere)
     self.params = params
     self.buffers = buffers
-    self.model = u2.U2MoeModel(description.model)
+    self.model = u2.U2MoeModel(description.model, form=description.form)
     self.geometry = subsampling.geometry(description.model.encoder.subsampling)
     _require_decoders(self.config, description.model)
     self.hotwords = self._load_hotwords()
@@ -125,11 +125,13 @@ class Recognizer:
   ) -> 'Recognizer':
     """Opens a model directory, a work directory or one of its steps.
 
+    A model directory may be in the inference form.
+
     Raises:
       directory.CheckpointError: if there is no checkpoint there.
       DecodeError: if the model has not the decoder a mode needs.
     """
-    found = directory.find(path)
+    found = directory.find(path, for_decoding=True)
     params, buffers = directory.restore(found)
     tokenizer = tokenizer_lib.load(found.tokens) if found.tokens else None
     return cls(
