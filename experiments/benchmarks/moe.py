@@ -2,14 +2,17 @@
 
 from collections.abc import Callable
 from collections.abc import Iterator
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments.benchmarks import harness
 from u2moe_jax.ops import grouped_matmul
+from u2moe_jax.ops import quantization
 from u2moe_jax.ops import routing
 
 _WIDTH, _HIDDEN, _EXPERTS, _TOP_K = 640, 2560, 8, 2
@@ -17,9 +20,9 @@ _WIDTH, _HIDDEN, _EXPERTS, _TOP_K = 640, 2560, 8, 2
 # what an accelerator gets in training.
 _TOKENS = {'cpu': (16, 64, 249, 996, 1992)}
 _TOKENS_ELSEWHERE = (4096, 8192, 16384, 32768)
-_DTYPES = {'cpu': jnp.float32}
+_DTYPES = {'cpu': 'float32'}
 # (executor, layout); only `blocked` makes use of separate weights.
-_CASES = (
+_CASES: tuple[tuple[str, str], ...] = (
   ('blocked', 'separate'),
   ('blocked', 'stacked'),
   ('capacity', 'stacked'),
@@ -40,6 +43,21 @@ def _weights(dtype: Any) -> grouped_matmul.ExpertWeights:
     b_in=jnp.zeros((_EXPERTS, _HIDDEN), dtype),
     w_out=w_out,
     b_out=jnp.zeros((_EXPERTS, _WIDTH), dtype),
+  )
+
+
+def _in_8_bits(
+  experts: grouped_matmul.SeparateWeights,
+) -> grouped_matmul.SeparateWeights:
+  def narrow(kernel: Any) -> quantization.Int8Matrix:
+    quantized = quantization.quantize(np.asarray(kernel), inputs=(1,))
+    return jax.tree.map(jnp.asarray, quantized)
+
+  return tuple(
+    dataclasses.replace(
+      expert, w_in=narrow(expert.w_in), w_out=narrow(expert.w_out)
+    )
+    for expert in experts
   )
 
 
@@ -96,29 +114,37 @@ def run(options: harness.Options) -> Iterator[dict[str, Any]]:
   the even share, as in training, and may drop.
   """
   platform = jax.default_backend()
-  dtype = _DTYPES.get(platform, jnp.bfloat16)
+  default = _DTYPES.get(platform, 'bfloat16')
+  chosen = options.dtype or default
+  # What 8 bits are compared with is in floats.
+  dtype = jnp.dtype(default if chosen == 'int8' else chosen)
   stacked = _weights(dtype)
   layouts: dict[str, Any] = {
     'stacked': stacked,
     'separate': grouped_matmul.separate(stacked),
   }
+  cases, passes_of = _CASES, _PASSES
+  if chosen == 'int8':
+    layouts['separate'] = _in_8_bits(layouts['separate'])
+    cases = tuple(case for case in _CASES if case[1] == 'separate')
+    passes_of = {'forward': _PASSES['forward']}
   for num_tokens in _TOKENS.get(platform, _TOKENS_ELSEWHERE):
     x = jax.random.normal(jax.random.key(2), (num_tokens, _WIDTH), dtype)
     plan = _plan(num_tokens)
     # Short calls vary more.
     repeats = max(options.repeats, 2000 // num_tokens)
-    for name, passes in _PASSES.items():
+    for name, passes in passes_of.items():
       measure = functools.partial(_measure, passes, x, plan, repeats)
       one = grouped_matmul.one_expert(stacked, 0)
       dense = measure(_one_expert, one)['wall_s']
-      for executor, layout in _CASES:
+      for executor, layout in cases:
         record = {
           'bench': 'moe',
           'executor': executor,
           'layout': layout,
           'tokens': num_tokens,
           'pass': name,
-          'dtype': jnp.dtype(dtype).name,
+          'dtype': chosen,
         }
         try:
           walls = measure(_experts(executor), layouts[layout])

@@ -44,8 +44,8 @@ def _nbest(batch: int, vocab_size: int, changes: int) -> hypotheses.Hypotheses:
 def run(options: harness.Options) -> Iterator[dict[str, Any]]:
   """Wall and processor seconds of both decoders over an n-best list."""
   for name, seconds, batch in options.cases():
-    config = harness.experiment(name).model
-    model, params, _ = harness.random_variables(config)
+    model = harness.random_model(name, options)
+    config = model.description.model
     geometry = subsampling.geometry(config.encoder.subsampling)
     num_frames = geometry.output_length(int(100 * seconds) - 2)
     shape = (batch, num_frames, config.encoder.model_dim)
@@ -54,8 +54,8 @@ def run(options: harness.Options) -> Iterator[dict[str, Any]]:
     for case, changes in _CASES.items():
       rescore = functools.partial(
         programs.search_rescoring,
-        model,
-        params,
+        model.module,
+        model.params,
         _nbest(batch, config.vocab_size, changes),
         frames,
         mask,
@@ -68,11 +68,9 @@ def run(options: harness.Options) -> Iterator[dict[str, Any]]:
       yield {
         'bench': 'rescoring',
         'case': case,
-        'config': name,
-        'dtype': config.dtype,
+        **model.record,
         'batch': batch,
         'audio_s': seconds,
         **walls,
         'cpu_s': round(time.process_time() - begun, 4),
-        **harness.model_size(config),
       }

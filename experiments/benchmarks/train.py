@@ -1,12 +1,14 @@
 """One training step on random batches."""
 
 from collections.abc import Iterator
+import dataclasses
 from typing import Any
 
 import jax
 import numpy as np
 
 from experiments.benchmarks import harness
+from experiments.benchmarks import operations
 from u2moe_jax import config as config_lib
 from u2moe_jax.models import u2
 from u2moe_jax.sharding import mesh as mesh_lib
@@ -25,7 +27,7 @@ def random_batch(
 ) -> dict[str, np.ndarray]:
   """Host arrays of `objective.Batch`, all rows full."""
   rng = np.random.default_rng(0)
-  frames, labels = int(seconds * 100), int(seconds * _TOKENS_PER_SECOND)
+  frames, labels = _sizes(seconds)
   shape = (batch, frames, config.feature_dim)
   tokens = rng.integers(3, config.vocab_size, (batch, labels))
   return {
@@ -37,21 +39,37 @@ def random_batch(
   }
 
 
+def _sizes(seconds: float) -> tuple[int, int]:
+  """Input frames and labels of an utterance."""
+  return int(seconds * 100), int(seconds * _TOKENS_PER_SECOND)
+
+
 def run(options: harness.Options) -> Iterator[dict[str, Any]]:
   """Step time: forward, backward, optimizer; state donated."""
   for name, seconds, batch in options.cases():
     config = harness.experiment(name)
+    model = harness.with_dtype(config.model, options.dtype)
+    config = dataclasses.replace(config, model=model)
     walls = _measure(config, seconds, batch, options.repeats)
     sound = seconds * batch / walls['wall_s']
+    frames, labels = _sizes(seconds)
+    done = operations.train(
+      model, batch=batch, num_inputs=frames, labels=labels
+    )
     yield {
       'bench': 'train',
       'config': name,
+      'form': 'training',
       'dtype': config.model.dtype,
       'batch': batch,
       'audio_s': seconds,
       **walls,
+      'utt_per_s': round(batch / walls['wall_s'], 2),
+      'tokens': batch * operations.num_frames(model, frames),
+      **operations.record(done, walls['wall_s'], dtype=model.dtype),
       'audio_seconds_per_second': round(sound, 1),
-      **harness.model_size(config.model),
+      **harness.experts(model, 'training'),
+      **harness.model_size(model),
     }
 
 
