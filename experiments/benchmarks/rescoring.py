@@ -11,7 +11,7 @@ import numpy as np
 
 from experiments.benchmarks import harness
 from u2moe_jax.decoding import hypotheses
-from u2moe_jax.decoding import programs
+from u2moe_jax.decoding import tree_rescoring
 from u2moe_jax.layers import subsampling
 
 _HYPOTHESES, _TOKENS, _ROOM = 10, 41, 64
@@ -53,7 +53,7 @@ def run(options: harness.Options) -> Iterator[dict[str, Any]]:
     mask = jnp.ones(shape[:2], bool)
     for case, changes in _CASES.items():
       rescore = functools.partial(
-        programs.search_rescoring,
+        tree_rescoring.search_rescoring,
         model.module,
         model.params,
         _nbest(batch, config.vocab_size, changes),

@@ -19,6 +19,7 @@ from experiments.verification import registry
 from u2moe_jax.decoding import hypotheses
 from u2moe_jax.decoding import programs
 from u2moe_jax.decoding import rescoring
+from u2moe_jax.decoding import tree_rescoring
 
 # One utterance's results by the reference's names.
 Record = Mapping[str, Any]
@@ -132,7 +133,7 @@ def _rescored(port: port_lib.Port, setting: _Setting) -> rescoring.Rescored:
   def compute():
     encoded = _encoded(port, setting)
     return jax.device_get(
-      programs.search_rescoring(
+      tree_rescoring.search_rescoring(
         port.model,
         port.params,
         _prefixes(port, setting),

@@ -20,6 +20,7 @@ from u2moe_jax.decoding import hotwords
 from u2moe_jax.decoding import hypotheses
 from u2moe_jax.decoding import programs
 from u2moe_jax.decoding import transcript as transcript_lib
+from u2moe_jax.decoding import tree_rescoring
 from u2moe_jax.frontend import audio
 from u2moe_jax.frontend import fbank
 from u2moe_jax.layers import subsampling
@@ -410,8 +411,8 @@ class Recognizer:
         `ctc_weight` weighs with them).
       frames: encoder frames (B, T, D).
       mask: real frames (B, T).
-      rooms: as in `programs.search_rescoring`, for callers that want one shape
-        whatever comes: then the list is taken as long as it is.
+      rooms: as in `tree_rescoring.search_rescoring`, for callers that want one
+        shape whatever comes: then the list is taken as long as it is.
     """
     if rooms is None:
       # There is room for a token per frame; most of it is empty.
@@ -422,7 +423,7 @@ class Recognizer:
         tokens=_resize(nbest.tokens, size),
         times=_resize(nbest.times, size),
       )
-    rescored = programs.search_rescoring(
+    rescored = tree_rescoring.search_rescoring(
       self.model,
       self.params,
       nbest,

@@ -10,8 +10,8 @@ import pytest
 from tests.reference import tiny
 from u2moe_jax.decoding import hypotheses
 from u2moe_jax.decoding import prefix_tree
-from u2moe_jax.decoding import programs
 from u2moe_jax.decoding import rescoring
+from u2moe_jax.decoding import tree_rescoring
 
 SOS = 9
 # Much in common, nothing in common, one inside another, twice the same, none.
@@ -74,7 +74,7 @@ def test_scores_are_read_where_they_were_written():
   ('count', 'size'), [(1, 64), (64, 64), (65, 128), (448, 512), (513, 768)]
 )
 def test_rooms_are_few_and_hold_what_they_must(count, size):
-  assert programs.node_size(count) == size
+  assert tree_rescoring.node_size(count) == size
 
 
 class _Rescoring:
@@ -99,9 +99,9 @@ class _Rescoring:
 
   def by_rows(self, reverse_weight):
     """Each hypothesis by itself."""
-    score = lambda reverse: programs.score_nbest(
-      *programs.scorer(self.model, self.params, reverse=reverse),
-      programs.read_order(self.nbest, reverse=reverse),
+    score = lambda reverse: tree_rescoring.score_nbest(
+      *tree_rescoring.scorer(self.model, self.params, reverse=reverse),
+      tree_rescoring.read_order(self.nbest, reverse=reverse),
       self.frames,
       self.mask,
     )
@@ -116,7 +116,7 @@ class _Rescoring:
     )
 
   def by_tree(self, reverse_weight, **options):
-    return programs.search_rescoring(
+    return tree_rescoring.search_rescoring(
       self.model,
       self.params,
       self.nbest,
@@ -148,34 +148,34 @@ def test_the_tree_scores_as_the_rows_do(case, reverse_weight):
 
 def test_trees_of_like_size_are_grouped(monkeypatch):
   counts = [60, 500, 1, 130, 700, 100]
-  [(rows, size)] = programs.group_trees(counts)
+  [(rows, size)] = tree_rescoring.group_trees(counts)
   assert sorted(rows) == list(range(6))
   assert size == 768
-  monkeypatch.setattr(programs, '_NODES_AT_ONCE', 1024)
-  groups = programs.group_trees(counts)
+  monkeypatch.setattr(tree_rescoring, '_NODES_AT_ONCE', 1024)
+  groups = tree_rescoring.group_trees(counts)
   assert [(rows.tolist(), size) for rows, size in groups] == [
     ([4], 768),
     ([1, 3], 512),
     ([5, 0, 2, 2, 2, 2], 128),
   ]
-  groups = programs.group_trees(counts, parts=2)
+  groups = tree_rescoring.group_trees(counts, parts=2)
   assert [len(rows) for rows, _ in groups] == [2, 6]
   # Rows without a frame are in no group; a batch of them has one all the same.
-  groups = programs.group_trees([0, 70, 0, 60], parts=1)
+  groups = tree_rescoring.group_trees([0, 70, 0, 60], parts=1)
   assert [(rows.tolist(), size) for rows, size in groups] == [
     ([1, 3, 3, 3], 128)
   ]
-  assert len(programs.group_trees([0, 0])) == 1
+  assert len(tree_rescoring.group_trees([0, 0])) == 1
 
 
 def test_groups_score_as_the_batch_does(monkeypatch):
   case = _Rescoring(lists=[*LISTS, [[3, 2], [3], [1], [], []]])
   whole = case.by_tree(0.5)
   sizes = []
-  group = programs.group_trees
-  monkeypatch.setattr(programs, '_NODES_AT_ONCE', 64)  # one at a time
+  group = tree_rescoring.group_trees
+  monkeypatch.setattr(tree_rescoring, '_NODES_AT_ONCE', 64)  # one at a time
   monkeypatch.setattr(
-    programs,
+    tree_rescoring,
     'group_trees',
     lambda *a, **k: sizes.append(group(*a, **k)) or sizes[-1],
   )
@@ -185,8 +185,10 @@ def test_groups_score_as_the_batch_does(monkeypatch):
     lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), parts, whole
   )
   # Small trees behind a large one, with room for the whole batch among them.
-  monkeypatch.setattr(programs, 'node_size', lambda n: 4 if n <= 4 else 12)
-  monkeypatch.setattr(programs, '_NODES_AT_ONCE', 12)
+  monkeypatch.setattr(
+    tree_rescoring, 'node_size', lambda n: 4 if n <= 4 else 12
+  )
+  monkeypatch.setattr(tree_rescoring, '_NODES_AT_ONCE', 12)
   sizes.clear()
   mixed = case.by_tree(0.5)
   assert [len(rows) for rows, _ in sizes[0]] == [1, 1, 3]
@@ -194,30 +196,30 @@ def test_groups_score_as_the_batch_does(monkeypatch):
     lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), mixed, whole
   )
   # The negative control: groups that come back in another order.
-  join = programs._join
-  monkeypatch.setattr(programs, '_join', lambda trees: join(trees[::-1]))
+  join = tree_rescoring._join
+  monkeypatch.setattr(tree_rescoring, '_join', lambda trees: join(trees[::-1]))
   wrong = case.by_tree(0.5)
   assert not np.allclose(wrong.l2r, whole.l2r, atol=1e-3)
 
 
 def test_both_decoders_share_what_is_compiled(case):
-  before = programs.score_tree._cache_size()
+  before = tree_rescoring.score_tree._cache_size()
   case.by_tree(0.5, rooms=(24,))
-  assert programs.score_tree._cache_size() == before + 1
+  assert tree_rescoring.score_tree._cache_size() == before + 1
   # With as many blocks each; else each has its own.
   config = tiny.model_config(tiny.moe())
   decoder = dataclasses.replace(config.decoder, num_reverse_blocks=2)
   other = _Rescoring(dataclasses.replace(config, decoder=decoder))
   other.by_tree(0.5, rooms=(24,))
-  assert programs.score_tree._cache_size() == before + 3
+  assert tree_rescoring.score_tree._cache_size() == before + 3
 
 
 def test_a_node_that_sees_more_than_its_prefix_is_noticed(case):
   tokens, lengths = _arrays()
   tree = prefix_tree.build(tokens, lengths, sos_id=10, num_nodes=16)
   score = lambda tree: (
-    programs.score_tree(
-      *programs.scorer(case.model, case.params, reverse=False),
+    tree_rescoring.score_tree(
+      *tree_rescoring.scorer(case.model, case.params, reverse=False),
       tree,
       case.frames,
       case.mask,
