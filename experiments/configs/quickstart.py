@@ -6,7 +6,7 @@ laptop.
 
 Command:
   make quickstart
-Hardware: 2 CPU cores, about 20 minutes of training.
+Hardware: 2 CPU cores, about 17 minutes of training.
 Expected: WER on the built-in test split (synthetic speech), rescoring: see
   docs/results.md.
 """
