@@ -57,6 +57,14 @@ def test_records_say_what_was_measured():
   assert record['mfu'] > 0
 
 
+def test_texts_are_as_long_as_those_of_speech():
+  options = dataclasses.replace(_OPTIONS, seconds=(2.0,))
+  (record,) = decode.run(options, mode='attention_rescoring')
+  number, word = record['case'].split()
+  assert word == 'tokens'
+  assert 6 <= int(number) <= 10
+
+
 def test_the_form_that_trains_has_no_8_bits():
   options = dataclasses.replace(_OPTIONS, dtype='int8', form='training')
   for run in (lambda: harness.random_model('tiny', options), _train(options)):
