@@ -177,6 +177,25 @@ def one_expert(weights: ExpertWeights, index: Int[Array, ''] | int):
   )
 
 
+def put_expert(
+  weights: ExpertWeights, index: Int[Array, ''] | int, expert: OneExpert
+) -> ExpertWeights:
+  """Replaces one expert of a stack."""
+
+  def put(name):
+    one = getattr(expert, name)
+    return jax.lax.dynamic_update_index_in_dim(
+      getattr(weights, name), one, index, axis=0
+    )
+
+  return ExpertWeights(
+    w_in=put('w_in'),
+    b_in=put('b_in'),
+    w_out=put('w_out'),
+    b_out=put('b_out'),
+  )
+
+
 def separate(weights: ExpertWeights) -> SeparateWeights:
   """Unstacks."""
   return tuple(

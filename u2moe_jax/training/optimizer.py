@@ -94,16 +94,13 @@ def make_optimizer(
   mask = parameters.mask(trainable)
   decay = config.weight_decay if config.name == 'adamw' else 0.0
   chain = optax.chain(
-    optax.clip_by_global_norm(config.clip_norm)
+    transforms.clip_by_global_norm(config.clip_norm)
     if config.clip_norm
     else optax.identity(),
-    optax.adamw(
-      schedule,
-      b1=config.beta1,
-      b2=config.beta2,
-      eps=config.eps,
-      weight_decay=decay,
-      mask=decay_mask,
+    optax.chain(
+      transforms.scale_by_adam(config.beta1, config.beta2, config.eps),
+      optax.add_decayed_weights(decay, decay_mask),
+      optax.scale_by_learning_rate(schedule),
     ),
   )
   if freeze_steps:

@@ -1,7 +1,6 @@
 """The train step: a pure function, and the one place that jits it."""
 
 from collections.abc import Callable
-import dataclasses
 
 from flax import linen as nn
 import jax
@@ -67,25 +66,36 @@ def train_step(
     if config.train.skip_nonfinite:
       # Zero times infinity would still be no number.
       gradients, options = _zero_unless(finite, (gradients, options))
-  updates, opt_state = optimizer.update(
-    gradients, state.opt_state, state.params, **options
-  )
-  new_state = TrainState(
-    step=state.step + 1,
-    params=optax.apply_updates(state.params, updates),
-    opt_state=opt_state,
-    buffers=result.outputs.encoder.buffers,
-  )
+  elif not config.train.freeze_steps:
+    # With it, what is clipped may be a part of the gradients.
+    options['norm'] = norm
+
+  def update(_):
+    updates, opt_state = optax.with_extra_args_support(optimizer).update(
+      gradients, state.opt_state, state.params, **options
+    )
+    return optax.apply_updates(state.params, updates), opt_state
+
+  def hold(_):
+    return state.params, state.opt_state
+
+  buffers = result.outputs.encoder.buffers
   measured = result.metrics | {'gradient_norm': metrics.Mean.of(norm)}
-  if config.train.skip_nonfinite:
-    kept = dataclasses.replace(state, step=state.step + 1)
-    if is_part:
-      kept = dataclasses.replace(new_state, buffers=state.buffers)
-    new_state = jax.tree.map(
-      lambda new, old: jnp.where(finite, new, old), new_state, kept
+  if not config.train.skip_nonfinite:
+    params, opt_state = update(None)
+  else:
+    # A part of weight 0 is counted, so that updates stay where they were.
+    params, opt_state = (
+      update(None) if is_part else jax.lax.cond(finite, update, hold, None)
+    )
+    buffers = jax.tree.map(
+      lambda new, old: jnp.where(finite, new, old), buffers, state.buffers
     )
     # A sum and a count of 0: a skipped batch does not spoil the others' mean.
     measured = _zero_unless(finite, measured)
+  new_state = TrainState(
+    step=state.step + 1, params=params, opt_state=opt_state, buffers=buffers
+  )
   schedule = optimizer_lib.make_schedule(
     config.optimizer, num_steps=config.train.num_steps
   )

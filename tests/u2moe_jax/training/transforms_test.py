@@ -38,6 +38,61 @@ def _run(chain, calls):
   return params, state
 
 
+def _optax_chain(clip, **options):
+  return optax.chain(
+    optax.clip_by_global_norm(clip), optax.scale_by_adam(**options)
+  )
+
+
+def _own_chain(clip, **options):
+  return optax.chain(
+    transforms.clip_by_global_norm(clip), transforms.scale_by_adam(**options)
+  )
+
+
+_ADAM = {'b1': 0.9, 'b2': 0.98, 'eps': 1e-3}
+
+
+@pytest.mark.parametrize('clip', [0.5, 1e3])
+def test_clipping_and_adam_are_those_of_optax(clip):
+  calls = [(_gradients(i), {}) for i in range(5)]
+  params, state = _run(_own_chain(clip, **_ADAM), calls)
+  expected, expected_state = _run(_optax_chain(clip, **_ADAM), calls)
+  _assert_close(params, expected)
+  # A checkpoint of the one is a checkpoint of the other.
+  assert jax.tree.structure(state) == jax.tree.structure(expected_state)
+  _assert_close(state, expected_state, atol=1e-8)
+  other, _ = _run(_own_chain(clip / 1e4, **_ADAM), calls)
+  assert np.abs(other['b']['kernel'] - expected['b']['kernel']).max() > 0.01
+
+
+def test_a_norm_that_is_known_is_not_computed_again():
+  gradients = {'a': jnp.array([3.0, 4.0])}
+  clip = transforms.clip_by_global_norm(1.0)
+  scaled, _ = clip.update(gradients, clip.init(gradients))
+  np.testing.assert_allclose(scaled['a'], [0.6, 0.8], rtol=1e-6)
+  scaled, _ = clip.update(gradients, clip.init(gradients), norm=jnp.array(50.0))
+  np.testing.assert_allclose(scaled['a'], [0.06, 0.08], rtol=1e-6)
+
+
+def test_no_copies_of_moments_are_made():
+  params = {'a': jnp.ones((512, 512)), 'b': jnp.ones((512, 512))}
+  size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+  def extra_memory(chain):
+    def step(params, state, gradients):
+      updates, state = chain.update(gradients, state, params)
+      return optax.apply_updates(params, updates), state
+
+    args = params, chain.init(params), params
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*args).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  # What is left is for the squares of which the norm is the sum.
+  assert extra_memory(_own_chain(1.0, **_ADAM)) < 1.1 * size
+  assert extra_memory(_optax_chain(1.0, **_ADAM)) > 1.9 * size
+
+
 def test_parts_are_weighed_by_what_they_were_divided_by():
   parts, weights = [_gradients(i) for i in range(3)], [1.0, 5.0, 2.0]
   chain = transforms.accumulate(optax.sgd(1.0), 3)

@@ -27,15 +27,15 @@ _SEPARATE = ((12, 8), (24, 16), (400, 32), (float('inf'), 128))
 
 @struct.dataclass
 class _Blocks:
-  """Which expert each block belongs to.
+  """Which blocks each expert has.
 
   Attributes:
-    expert: expert of each block.
-    end: behind the last block of each expert; the last entry is the number of
-      blocks in use, those behind hold only filler rows.
+    start: first block of each expert.
+    end: behind its last one; what lies behind the last expert's last one holds
+      only filler rows.
   """
 
-  expert: Int[Array, 'NB']
+  start: Int[Array, 'E']
   end: Int[Array, 'E']
 
 
@@ -69,15 +69,12 @@ def _sort_into_blocks(
   rank, counts = permutation.rank_in_expert(plan)
   blocks_per_expert = -(-counts // block_size)
   end = jnp.cumsum(blocks_per_expert)
-  start = (end - blocks_per_expert) * block_size
+  start = end - blocks_per_expert
   real = plan.expert_index < num_experts
-  row = start[jnp.minimum(plan.expert_index, num_experts - 1)] + rank
+  first_row = start[jnp.minimum(plan.expert_index, num_experts - 1)]
+  row = first_row * block_size + rank
   position = jnp.where(real, row, num_rows).astype(jnp.int32)
-  expert = jnp.searchsorted(end, jnp.arange(num_blocks), side='right')
-  blocks = _Blocks(
-    expert=jnp.minimum(expert, num_experts - 1).astype(jnp.int32),
-    end=end.astype(jnp.int32),
-  )
+  blocks = _Blocks(start=start.astype(jnp.int32), end=end.astype(jnp.int32))
   return permutation.make_slots(position, num_rows), blocks
 
 
@@ -91,11 +88,16 @@ def _set_block(array: Array, i: Array, value: Array) -> Array:
   )
 
 
-# The loop runs over the blocks in use, a count known only at run time, which
+def _over_blocks(body, blocks: _Blocks, e: Array | int, init):
+  """Runs `body(block, carry)` over the blocks of an expert."""
+  return jax.lax.fori_loop(blocks.start[e], blocks.end[e], body, init)
+
+
+# The loops run over the blocks in use, counts known only at run time, which
 # JAX cannot differentiate in reverse; hence the gradient by hand.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _run_blocks(activation, block_size, rows, weights, blocks):
-  def run_block(i, expert, out):
+  def run_rows(expert, i, out):
     row = _block(rows, i, block_size)
     hidden = activation(row @ expert.w_in + expert.b_in[None])
     return _set_block(out, i, hidden @ expert.w_out + expert.b_out[None])
@@ -110,18 +112,19 @@ def _run_blocks(activation, block_size, rows, weights, blocks):
 
   out = jnp.zeros_like(rows)
   if isinstance(weights, tuple):
-    # A loop for each expert: its weights are read where they lie.
+    # A loop written out for each expert: its weights are read where they lie.
     for e, expert in enumerate(weights):
-      start = blocks.end[e - 1] if e else 0
       run_one = functools.partial(run_columns, expert)
-      out = jax.lax.fori_loop(start, blocks.end[e], run_one, out)
+      out = _over_blocks(run_one, blocks, e, out)
     return out
 
-  def body(i, out):
-    expert = grouped_matmul.one_expert(weights, blocks.expert[i])
-    return run_block(i, expert, out)
+  def run_expert(e, out):
+    # A loop in a loop: the slice of the stack is copied once for all blocks.
+    expert = grouped_matmul.one_expert(weights, e)
+    run_one = functools.partial(run_rows, expert)
+    return _over_blocks(run_one, blocks, e, out)
 
-  return jax.lax.fori_loop(0, blocks.end[-1], body, out)
+  return jax.lax.fori_loop(0, len(blocks.end), run_expert, out)
 
 
 def _run_blocks_forward(activation, block_size, rows, weights, blocks):
@@ -132,8 +135,9 @@ def _run_blocks_forward(activation, block_size, rows, weights, blocks):
 def _run_blocks_backward(activation, block_size, residuals, d_out):
   rows, weights, blocks = residuals
 
-  def gradients(i, expert, d_rows):
-    """Writes the rows' gradient of a block; returns its weights' as well."""
+  def gradients(expert, i, carry):
+    """Writes the rows' gradient of a block, adds that of the weights."""
+    d_rows, d_held = carry
     row, d_row_out = _block(rows, i, block_size), _block(d_out, i, block_size)
     # Computed again: it would take M / D times the memory of the rows.
     before = row @ expert.w_in + expert.b_in[None]
@@ -147,42 +151,30 @@ def _run_blocks_backward(activation, block_size, residuals, d_out):
       w_out=hidden.T @ d_row_out,
       b_out=ones @ d_row_out,
     )
-    return _set_block(d_rows, i, d_before @ expert.w_in.T), d_expert
+    d_rows = _set_block(d_rows, i, d_before @ expert.w_in.T)
+    return d_rows, jax.tree.map(_add, d_held, d_expert)
+
+  def of_expert(expert, e, d_rows):
+    d_none = jax.tree.map(jnp.zeros_like, expert)
+    body = functools.partial(gradients, expert)
+    return _over_blocks(body, blocks, e, (d_rows, d_none))
 
   d_rows = jnp.zeros_like(rows)
-  d_weights = jax.tree.map(jnp.zeros_like, weights)
   if isinstance(weights, tuple):
-    d_weights = list(d_weights)
+    d_separate = []
     for e, expert in enumerate(weights):
-      start = blocks.end[e - 1] if e else 0
-      one = expert.transposed()
+      d_rows, d_expert = of_expert(expert.transposed(), e, d_rows)
+      d_separate.append(grouped_matmul.SeparateExpert.of(d_expert))
+    return d_rows, tuple(d_separate), None
 
-      def add(i, carry, expert=one):
-        d_rows, d_expert = gradients(i, expert, carry[0])
-        d_expert = grouped_matmul.SeparateExpert.of(d_expert)
-        return d_rows, jax.tree.map(_add, carry[1], d_expert)
-
-      d_rows, d_weights[e] = jax.lax.fori_loop(
-        start, blocks.end[e], add, (d_rows, d_weights[e])
-      )
-    return d_rows, tuple(d_weights), None
-
-  def body(i, carry):
-    e = blocks.expert[i]
+  def body(e, carry):
+    d_rows, d_weights = carry
     expert = grouped_matmul.one_expert(weights, e)
-    d_rows, d_expert = gradients(i, expert, carry[0])
-    d_weights = grouped_matmul.ExpertWeights(
-      *(
-        held.at[e].add(new.astype(held.dtype))
-        for held, new in zip(
-          jax.tree.leaves(carry[1]), jax.tree.leaves(d_expert), strict=True
-        )
-      )
-    )
-    return d_rows, d_weights
+    d_rows, d_expert = of_expert(expert, e, d_rows)
+    return d_rows, grouped_matmul.put_expert(d_weights, e, d_expert)
 
   d_rows, d_weights = jax.lax.fori_loop(
-    0, blocks.end[-1], body, (d_rows, d_weights)
+    0, len(blocks.end), body, (d_rows, jax.tree.map(jnp.zeros_like, weights))
   )
   return d_rows, d_weights, None
 
