@@ -177,7 +177,7 @@ class Trainer:
 
     Raises:
       errors.NonfiniteError: if numbers stay no numbers.
-      skips_lib.BadDataError: if too much data cannot be used.
+      skips_lib.BadDataError: if too much data cannot be used; saves first.
       errors.OutOfMemoryError: if a step needs more than there is.
       store_lib.SaveError: if a checkpoint cannot be written.
     """
@@ -202,7 +202,26 @@ class Trainer:
     reporter: reporter_lib.Reporter,
     profiler: profiling.Profiler,
   ) -> bool:
-    """Runs until done or stopped, and saves; returns whether done."""
+    """Runs until done, stopped or out of data, saves; returns whether done."""
+    try:
+      return self._run_until_stopped(step, reporter, profiler)
+    except skips_lib.BadDataError:
+      # The parameters are good: whoever allows more goes on from here.
+      self._take_pending()
+      self.store.wait()
+      trained = int(self.state.step)
+      if trained and trained != self.store.latest_step():
+        self._save(trained)
+        self.store.wait()
+      raise
+
+  def _run_until_stopped(
+    self,
+    step: int,
+    reporter: reporter_lib.Reporter,
+    profiler: profiling.Profiler,
+  ) -> bool:
+    """`_run_steps` while the data lasts."""
     config = self.config.train
     if self._owes_evaluation(step):
       self._catch_up(step, reporter)

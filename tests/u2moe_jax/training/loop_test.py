@@ -195,7 +195,13 @@ def test_too_much_bad_data_ends_the_run(tmp_path):
   with pytest.raises(skips_lib.BadDataError, match='1 of 10'):
     fake.trainer.run()
   assert fake.numbers == [0]
+  # What was trained on is kept, for whoever allows more of it.
+  assert fake.store.latest_step() == 1
   fake.store.close()
+  again = _Fake(tmp_path, start=_state(1))
+  assert again.trainer.run() is True
+  assert again.numbers == list(range(1, 6))
+  again.store.close()
 
 
 def test_keys_and_counters_are_kept(tmp_path):
