@@ -1,19 +1,25 @@
 """Whole utterances and streams, random weights."""
 
 from collections.abc import Iterator
+import dataclasses
 import functools
 import itertools
 import time
 from typing import Any
 
+import jax
 import numpy as np
 
 from experiments.benchmarks import harness
 from experiments.benchmarks import operations
 from u2moe_jax import config as config_lib
 from u2moe_jax.decoding import batching
+from u2moe_jax.decoding import hypotheses
+from u2moe_jax.decoding import prefix_tree
+from u2moe_jax.decoding import programs
 from u2moe_jax.decoding import recognizer as recognizer_lib
 from u2moe_jax.decoding import sessions
+from u2moe_jax.decoding import tree_rescoring
 
 
 def _recognizer(
@@ -26,6 +32,8 @@ def _recognizer(
 
 # Of speech: the cost of rescoring goes with them.
 _TOKENS_PER_SECOND = 4.1
+# Between what is added to the logit of the blank, and how often it is halved.
+_WIDEST_SHIFT, _HALVINGS = 32.0, 24
 
 
 def _noise(seconds: float, rate: int) -> np.ndarray:
@@ -62,8 +70,7 @@ def _whole(
     found = {}
     if not is_greedy:
       wanted = round(_TOKENS_PER_SECOND * seconds)
-      num_tokens = _set_blank(recognizer, padded, wanted)
-      found['case'] = f'{num_tokens} tokens'
+      found['case'] = _set_blank(recognizer, padded, wanted)
     walls = harness.measure(
       functools.partial(recognizer.search, padded), options.repeats
     )
@@ -92,35 +99,53 @@ def _set_blank(
   recognizer: recognizer_lib.Recognizer,
   padded: batching.PaddedBatch,
   num_tokens: int,
-) -> int:
-  """Makes the blank as likely as in speech.
+) -> str:
+  """Makes the blank so likely that the texts found are as long as in speech.
 
-  Random weights find a token in nearly every frame.
+  Random weights find a token in nearly every frame, and a search that adds up
+  alignments finds more of them than the best path has.
 
   Args:
     recognizer: whose CTC bias of the blank is changed.
     padded: equal utterances.
-    num_tokens: that the CTC best path of each should have.
+    num_tokens: that the text of each should have.
 
   Returns:
-    How many it has.
+    How long it is, and how many nodes the trees of its n-best list have,
+    left-to-right and right-to-left: what rescoring costs goes with them.
   """
   blank_id = recognizer.description.model.blank_id
-  log_probs = np.array(recognizer.encode(padded).log_probs[0])
-  blank = log_probs[:, blank_id].copy()
-  log_probs[:, blank_id] = -np.inf
-  ids, lead = log_probs.argmax(axis=1), blank - log_probs.max(axis=1)
+  encoded = recognizer.encode(padded)
 
-  def count(shift: float) -> int:
-    path = np.where(lead + shift > 0, blank_id, ids)
-    starts = path != np.concatenate([[blank_id], path[:-1]])
-    return int(np.sum(starts & (path != blank_id)))
+  def search(shift: float) -> hypotheses.Hypotheses:
+    shifted = encoded.log_probs.at[..., blank_id].add(shift)
+    return programs.search_prefixes(
+      dataclasses.replace(encoded, log_probs=jax.nn.log_softmax(shifted)),
+      beam=recognizer.config.beam,
+      blank_id=blank_id,
+    )
 
-  shift = min(-lead, key=lambda shift: abs(count(shift) - num_tokens))
+  # The likelier the blank, the shorter the text: halved until one fits.
+  low, high = -_WIDEST_SHIFT, _WIDEST_SHIFT
+  for _ in range(_HALVINGS):
+    shift = (low + high) / 2
+    found = search(shift)
+    length = int(found.lengths[0, 0])
+    if length == num_tokens:
+      break
+    low, high = (shift, high) if length > num_tokens else (low, shift)
   bias = recognizer.params['ctc']['bias']
+  # New dictionaries: other recognisers share the old ones.
   ctc = recognizer.params['ctc'] | {'bias': bias.at[blank_id].add(shift)}
   recognizer.params = recognizer.params | {'ctc': ctc}
-  return count(shift)
+  nodes = (_num_nodes(found, reverse=reverse) for reverse in (False, True))
+  return f'{length} tokens, {" + ".join(map(str, nodes))} nodes'
+
+
+def _num_nodes(found: hypotheses.Hypotheses, *, reverse: bool) -> int:
+  """Nodes of the prefix tree of the first list, as a decoder reads it."""
+  texts = tree_rescoring.read_order(found, reverse=reverse)
+  return int(prefix_tree.prefix_nodes(texts.tokens, texts.lengths)[2][0])
 
 
 def _speed(wall_s: float, seconds: float, batch: int) -> dict[str, float]:

@@ -60,9 +60,12 @@ def test_records_say_what_was_measured():
 def test_texts_are_as_long_as_those_of_speech():
   options = dataclasses.replace(_OPTIONS, seconds=(2.0,))
   (record,) = decode.run(options, mode='attention_rescoring')
-  number, word = record['case'].split()
-  assert word == 'tokens'
-  assert 6 <= int(number) <= 10
+  tokens, nodes = record['case'].split(', ')
+  assert 6 <= int(tokens.removesuffix(' tokens')) <= 10
+  forward, _, backward = nodes.removesuffix(' nodes').partition(' + ')
+  # Ten hypotheses: more than one text, and at most ten that share nothing.
+  for count in (int(forward), int(backward)):
+    assert 10 < count <= 1 + 10 * 11
 
 
 def test_the_form_that_trains_has_no_8_bits():
