@@ -93,6 +93,7 @@ class U2MoeModel(nn.Module):
       kernel_axes=(axes.EMBED, axes.VOCAB),
       dtype=dtype,
     )
+    # What a model lacks has no parameters either, nor an attribute.
     if config.decoder.num_blocks:
       self.forward_decoder = make_decoder(
         config, config.decoder.num_blocks, form=self.form
@@ -209,7 +210,12 @@ class U2MoeModel(nn.Module):
     return _decode(self.backward_decoder, inputs, memory, memory_mask)
 
 
-def _decode(module, inputs, memory, memory_mask) -> DecoderScores:
+def _decode(
+  module: decoder.TransformerDecoder,
+  inputs: DecoderInputs,
+  memory: Float[Array, 'B T D'],
+  memory_mask: Bool[Array, 'B T'],
+) -> DecoderScores:
   logits, stats = module(
     inputs.tokens,
     inputs.mask,
@@ -249,6 +255,7 @@ def init_buffers(config: config_lib.ModelConfig) -> PyTree:
   bins = config.feature_dim
   buffers = {'cmvn': {'mean': jnp.zeros((bins,)), 'istd': jnp.ones((bins,))}}
   if config.encoder.conv_norm == 'batch_norm':
+    # By block in order, also where parameters lie in groups of unlike blocks.
     shape = (config.encoder.num_blocks, config.encoder.model_dim)
     buffers['conv_norm'] = {
       'mean': jnp.zeros(shape),
