@@ -128,6 +128,7 @@ class DecoderLayer(nn.Module):
     past = None if cache is None else cache.tokens
     attended, keys = self._self_attention(normed, past, context)
     x += self._dropout(attended)
+    # While decoding the memory comes projected, in the cache.
     memory = context.memory if cache is None else cache.memory
     normed = self._normed('cross_attention', x)
     x += self._dropout(self._cross_attention(normed, memory, context))
@@ -232,6 +233,7 @@ class TransformerDecoder(nn.Module):
     self.embedding = nn.Embed(
       self.vocab_size,
       self.model_dim,
+      # As PyTorch starts embeddings.
       embedding_init=nn.with_logical_partitioning(
         nn.initializers.normal(1.0), (axes.VOCAB, axes.EMBED)
       ),
@@ -287,6 +289,8 @@ class TransformerDecoder(nn.Module):
       Logits in float32, and MoE statistics stacked over the layers with
       experts.
     """
+    # In rescoring a row is a tree of hypotheses with common beginnings, which
+    # brings positions and a mask of its own.
     size = tokens.shape[1]
     if positions is None:
       positions = jnp.arange(size)[None]

@@ -135,6 +135,7 @@ def _stacks(config: config_lib.ModelConfig) -> dict[str, stack.Kinds]:
 
 def _source_paths(config: config_lib.ModelConfig) -> list[str]:
   """Paths of the form that trains."""
+  # Abstract: of a model of any size nothing is made but names.
   trained = u2.U2MoeModel(config)
   params = jax.eval_shape(
     lambda key: nn.meta.unbox(u2.init_params(trained, key)), jax.random.key(0)

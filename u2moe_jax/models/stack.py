@@ -105,6 +105,7 @@ def build(
     in_axes=(0, nn.broadcast),
     out_axes=0,
     length=length,
+    # A loop that is written out, so that parameters stay stacked all the same.
     unroll=1 if config.scan_blocks else length,
     metadata_params={nn.PARTITION_NAME: axes.LAYERS},
   )

@@ -187,6 +187,7 @@ class U2MoeModel(nn.Module):
     logits = self.ctc(frames)
     # float32: sums over many frames lose small differences in bfloat16.
     logits = logits.astype(jnp.promote_types(jnp.float32, logits.dtype))
+    # A number of Python, not of JAX: without a penalty nothing is compiled.
     if blank_penalty:
       logits = logits.at[..., self.config.blank_id].add(-blank_penalty)
     return jax.nn.log_softmax(logits)

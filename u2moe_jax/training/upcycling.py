@@ -284,6 +284,7 @@ def build(
     made[path] = jax.make_array_from_callback(
       leaf.shape, leaf.sharding, maker.callback(path, leaf.shape)
     )
+    # Before the next one is read: else host arrays would pile up.
     jax.block_until_ready(made[path])
   return traverse_util.unflatten_dict(made, sep='/')
 
@@ -331,6 +332,7 @@ class _Array:
 
   def rng(self, seed: int, expert: int = 0) -> np.random.Generator:
     """Random numbers of its own."""
+    # A checksum, because `hash` of a text differs from process to process.
     name = f'{self.root}/{self.layer}/{self.name}'
     return np.random.default_rng(
       [seed, zlib.crc32(name.encode()), self.block, expert]
@@ -373,6 +375,7 @@ class _Maker:
       first = int(group.removeprefix('block_'))
     layer, _, name = rest.partition('/')
 
+    # `index` has the slices that one device holds, of the stack first.
     def make(index: Index) -> np.ndarray:
       rows = range(shape[0])[index[0]]
       arrays = (_Array(root, first + size * row, layer, name) for row in rows)
@@ -390,6 +393,7 @@ class _Maker:
       return self._read(array)[index]
     if had:
       return _average(self._read(array, _EXPERTS[array.name]))[index]
+    # A new router has no origin; its type is that of the layer it stands in.
     if array.name == _ROUTER:
       dtype = self._read(array, 'w_in/bias').dtype
       if self.zero_routers:
@@ -429,12 +433,14 @@ def _changed(
   if change.noise:
     noise = change.noise * dense.std() * rng.normal(size=dense.shape)
     return (dense + noise).astype(dense.dtype)
+  # The axis of the hidden units: w_in is (D, M), b_in (M,), w_out (M, D).
   axis = {'w_in': 1, 'b_in': 0, 'w_out': 0}.get(array.name)
   if axis is None:  # the output bias belongs to no hidden unit
     return dense
   # The same units in all arrays of an expert.
   units = dataclasses.replace(array, name='units').rng(change.seed, expert)
   size = dense.shape[axis]
+  # Just so many of them, not so many on average.
   dropped = units.permutation(size) < round(change.drop * size)
   fresh = rng.normal(dense.mean(), dense.std(), dense.shape)
   mask = (
