@@ -58,7 +58,7 @@ def heads_first(keys: Keys) -> HeadsFirst:
   """Brings the heads in front of the frames."""
   if isinstance(keys, HeadsFirst):
     return keys
-  move = lambda x: jnp.swapaxes(x, 1, 2)
+  move = lambda x: jnp.swapaxes(x, 1, 2)  # [B, H, P, K]
   return HeadsFirst(key=move(keys.key), value=move(keys.value))
 
 
@@ -135,6 +135,8 @@ class MultiHeadAttention(nn.Module):
     if rotation is not None:
       query = positional.rotate(query, rotation)
       new = dataclasses.replace(new, key=positional.rotate(new.key, rotation))
+    # Kept rotated, but without the terms of `rel_pos`: these are made anew from
+    # the embeddings of all P keys.
     keys = _join(past, new, write_at)
     key, key_score = keys.key, None
     if self.key_position:

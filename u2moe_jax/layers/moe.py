@@ -69,6 +69,7 @@ class MoeFeedForward(nn.Module):
     config = self.config
     # A dropout key is what tells training from evaluation.
     training = self.has_rng('dropout')
+    # Routing knows no utterances: the frames of the batch are one list.
     tokens = x.reshape(-1, width)  # [S, D]
     logits = self._router(tokens)
     token_mask = mask.reshape(-1)  # [S]

@@ -91,6 +91,7 @@ class ConformerBlock(nn.Module):
     config = self.config
     # Two half steps make a whole one (Conformer, arXiv 2005.08100).
     half = 0.5 if config.macaron else 1.0
+    # Filled by the feed-forward layers, in the order of the pass.
     stats: dict[str, moe.MoeStats] = {}
     if config.macaron:
       x += half * self._feed_forward(x, 'macaron', context, stats)

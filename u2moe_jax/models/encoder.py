@@ -110,6 +110,7 @@ class ConformerEncoder(nn.Module):
     num_frames = x.shape[1]
     lengths = self.geometry.output_length(feature_lengths)
     mask = masks.length_mask(lengths, max_length=num_frames)
+    # One mask for the batch: [T, T].
     chunks = masks.chunk_mask(
       num_frames, chunk_size=chunk_size, left_chunks=left_chunks
     )
@@ -209,6 +210,8 @@ class ConformerEncoder(nn.Module):
   def _subsample(
     self, features: Float[Array, 'B T_in F'], buffers: PyTree
   ) -> Array:
+    # CMVN: each mel bin to mean 0 and variance 1 by statistics of a corpus,
+    # `istd` being one over the standard deviation.
     cmvn = buffers['cmvn']
     x = (features - cmvn['mean'][None, None]) * cmvn['istd'][None, None]
     return self.subsampling(x)

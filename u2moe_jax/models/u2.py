@@ -87,6 +87,7 @@ class U2MoeModel(nn.Module):
     self.encoder = encoder.ConformerEncoder(
       config.encoder, form=self.form, dtype=dtype
     )
+    # For each frame a score of every token and of the blank, "nothing new".
     self.ctc = linear.dense(
       config.vocab_size,
       fan_in=config.encoder.model_dim,
@@ -295,6 +296,7 @@ def count_params(config: config_lib.ModelConfig) -> tuple[int, int]:
     (total, active): active counts top-k of the experts of each layer.
   """
   model = U2MoeModel(config)
+  # The boxes of the logical axes come off, so that paths end in names.
   tree = nn.meta.unbox(
     jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
   )

@@ -185,6 +185,7 @@ class Trainer:
     reporter = reporter_lib.Reporter(
       self.workdir, start=step, total=self.config.train.num_steps
     )
+    # Of a run that was killed in the middle of a line.
     json_lines.forget_torn_line(self._own_path('keys.jsonl'))
     profiler = profiling.Profiler(self.workdir, self.options.profile_steps)
     context = stop or stopping.StopRequest()
@@ -223,6 +224,7 @@ class Trainer:
       if step == 1 or step % config.log_every == 0:
         self._log(step, reporter)
       if self._is_save(step):
+        # Its results belong to the counters that are saved with it.
         self._take_pending()
         before = time.monotonic()
         self._save(step, wer=self._evaluate(step, reporter))

@@ -94,6 +94,7 @@ def compute_objective(
     backward.inputs,
     chunk_size=chunk_size,
     left_chunks=left_chunks,
+    # The one switch: dropout, batch-norm updates and capacity hang on it.
     rngs=None if dropout_key is None else {'dropout': dropout_key},
   )
   # The global batch: under jit these are sums over all devices.
@@ -109,6 +110,7 @@ def compute_objective(
   # An empty row has a loss too (of garbage); it must not count.
   sums = {k: jnp.sum(jnp.where(real, v, 0.0)) for k, v in parts.items()}
   divisors = dict.fromkeys(sums, count)
+  # CTC stays a mean over utterances, as in the reference.
   if config.length_normalized:
     num_tokens = jnp.maximum(jnp.sum(forward.mask), 1)
     divisors |= {'loss_l2r': num_tokens, 'loss_r2l': num_tokens}
@@ -253,6 +255,7 @@ def draw_training_chunk(
     return jnp.full((), size, jnp.int32), unlimited
   geometry = subsampling.geometry(config.subsampling)
   lengths = geometry.output_length(batch.feature_lengths)
+  # Buckets pad to fixed shapes; the draw must hang on what is spoken alone.
   return masks.draw_chunk(
     key,
     num_frames=jnp.max(lengths),

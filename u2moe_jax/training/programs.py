@@ -128,6 +128,7 @@ class Programs:
       return Program(
         name=self.name,
         shape=shape,
+        # It refuses other shapes, where a jitted function compiles again.
         call=compiled,
         seconds=time.monotonic() - begun,
         memory_bytes=_memory(compiled),
@@ -140,6 +141,7 @@ class Programs:
     def array(dtype: Any, *dimensions: int) -> jax.ShapeDtypeStruct:
       return jax.ShapeDtypeStruct(dimensions, dtype, sharding=self._sharding)
 
+    # In the types that the data side gives: a program takes no others.
     rows, frames, tokens = shape.rows, shape.frames, shape.tokens
     return objective.Batch(
       features=array(jnp.float32, rows, frames, self._num_bins),

@@ -42,6 +42,8 @@ def train_step(
   several batches make one update, only the bad batch is left out of it.
   """
   chunk_key, dropout_key = _keys(config.train.seed, state.step)
+  # One chunk size for this batch and another one for the next: that is how one
+  # model learns to work with full context and with chunks of any size (U2).
   chunk = objective.draw_training_chunk(chunk_key, batch, config.model.encoder)
 
   def loss_function(params: PyTree) -> tuple[jax.Array, objective.Objective]:
@@ -57,6 +59,7 @@ def train_step(
     return result.loss, result
 
   gradients, result = jax.grad(loss_function, has_aux=True)(state.params)
+  # A number that is none, anywhere in the gradients, shows in their norm.
   norm = optax.tree.norm(gradients)
   finite = jnp.isfinite(result.loss) & jnp.isfinite(norm)
   is_part = config.optimizer.accumulate > 1
@@ -97,6 +100,7 @@ def train_step(
   new_state = TrainState(
     step=state.step + 1, params=params, opt_state=opt_state, buffers=buffers
   )
+  # For the log only: the optimizer does not tell which rate it took.
   schedule = optimizer_lib.make_schedule(
     config.optimizer, num_steps=config.train.num_steps
   )
@@ -147,6 +151,7 @@ def make_train_step(
 ) -> StepFunction:
   """Jits the train step; the state is donated, metrics are replicated."""
 
+  # Rules are looked up while tracing, so they are set inside.
   def step(state: TrainState, batch: objective.Batch):
     with nn.logical_axis_rules(rules):
       return train_step(

@@ -222,6 +222,7 @@ def only(
     chosen = mask(updates)
     inside = None if params is None else _prune(params, chosen)
     new, state = inner.update(_prune(updates, chosen), state, inside, **extra)
+    # The others get updates of zero.
     return graft(jax.tree.map(jnp.zeros_like, updates), new), state
 
   return optax.GradientTransformationExtraArgs(init, update)

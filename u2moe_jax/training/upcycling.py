@@ -181,6 +181,7 @@ def _layers(model: config_lib.ModelConfig, pattern: str) -> list[str]:
 def _kinds(model: config_lib.ModelConfig, part: str, where: str) -> stack.Kinds:
   """What the blocks of a part would be with experts there."""
   config = getattr(model, part)
+  # Any number of experts will do: only their places are looked at.
   experts = config_lib.MoeConfig(num_experts=2, where=where)
   if part == 'decoder':
     return experts.placed(config.num_blocks, ('ffn',))
@@ -362,6 +363,7 @@ class _Maker:
   ) -> Callable[[Index], np.ndarray]:
     """From a part of one of the target's arrays to its values."""
     roots = [root for root in self.target if path.startswith(f'{root}/')]
+    # Outside of the stacks nothing changes.
     if not roots:
       return lambda index: self.read(path)[index]
     (root,) = roots
@@ -370,6 +372,7 @@ class _Maker:
       stack.period(self.target[root]),
       0,
     )
+    # Entry i of group g is block g + size * i (models/stack.py).
     if size > 1:
       group, _, rest = rest.partition('/')
       first = int(group.removeprefix('block_'))
@@ -400,6 +403,7 @@ class _Maker:
         return np.zeros(shape, dtype)[index]
       return _router(array, shape, self.change.seed).astype(dtype)[index]
     dense = self._read(array, _DENSE[array.name])
+    # Those that this device holds; `index` has experts first.
     experts = range(shape[0])[index[0]]
     if self.change.is_none:
       part = dense[index[1:]]
