@@ -938,7 +938,6 @@ class Config:
 def to_dict(config: Any) -> dict[str, Any]:
   """Turns a config into plain nested dicts and lists, ready for JSON."""
   result = {}
-
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
     if dataclasses.is_dataclass(value):

@@ -100,7 +100,7 @@ def expert_feed_forward(
   )
   if split is None:
     return run(x, plan, weights)
-  # The mesh splits an axis, so the experts must be one.
+  # A mesh splits an axis, so experts that are separate arrays are stacked.
   weights = grouped_matmul.stacked(weights)
   if split.experts:
     run = functools.partial(
@@ -112,7 +112,7 @@ def expert_feed_forward(
       block_size=block_size,
     )
   num_tokens = x.shape[0]
-  # `shard_map` gives every device as many tokens.
+  # `shard_map` takes parts of one size only.
   x, plan = _pad(x, plan, -num_tokens % split.parts(split.tokens))
   hidden_parts = split.parts(split.hidden)
 
@@ -210,8 +210,8 @@ def _exchange(
     groups = rows.reshape(num_own, num_devices * capacity, -1)
     output = capacity_lib.equal_groups(groups, weights, activation)
   else:
-    # With a slot for every token most are empty; those who can skip them are
-    # told which.
+    # With a slot for every token most are empty; executors that can skip them
+    # are told which.
     is_filled = travel(
       (slots.source < num_tokens).reshape(num_devices, num_own, capacity)
     )
@@ -248,7 +248,7 @@ def _run_received(
   num_own = rows.shape[0]
   expert = jnp.arange(num_own, dtype=jnp.int32)[:, None, None]
   expert = jnp.where(is_filled, expert, num_own)
-  # Weight 1: the real weights are applied at home, where the plan is.
+  # Weight 1: the real weights are applied by the sender, who has the plan.
   plan = Routing(
     expert_index=expert.reshape(-1, 1),
     weight=is_filled.reshape(-1, 1).astype(jnp.float32),

@@ -57,7 +57,8 @@ def weight(
   A checkpoint may have it in 8 bits (`models/inference.py`): then its scale
   stands beside it, and no other parameter is asked for.
   """
-  # Of what a checkpoint gives, flax compares the shape and not the type.
+  # flax compares the shape of what a checkpoint gives, not the type, so values
+  # in 8 bits pass.
   value = parameter(module, name, init, names, shape)
   scale = scale_name(name)
   if not module.has_variable('params', scale):

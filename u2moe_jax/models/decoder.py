@@ -360,7 +360,6 @@ class TransformerDecoder(nn.Module):
     heads = self.config.num_heads
     size = (capacity * hypotheses, self.model_dim // heads)
     empty = jnp.zeros((memory.shape[0], heads, *size), self.dtype)
-
     tokens = attention.HeadsFirst(key=empty, value=empty)
 
     # What `MultiHeadAttention` would do with the memory at every step, straight

@@ -178,7 +178,7 @@ class ConformerEncoder(nn.Module):
     x, key_embedding, rotation = self._positions(x, new, keys)
     context = conformer_block.BlockContext(
       frame_mask=mask,
-      # One row for all queries: a frame sees its whole chunk and what is left.
+      # One row for all queries: a frame sees all of its chunk and of the cache.
       attention_mask=key_mask[:, None],
       key_embedding=key_embedding,
       rotation=rotation,
@@ -226,7 +226,7 @@ class ConformerEncoder(nn.Module):
     config = self.config
     width = config.model_dim
     key_embedding, rotation = None, None
-    # The reference scales with every encoding but none.
+    # As the reference: `no_pos` alone leaves x as it is.
     if config.position != 'no_pos':
       x = x * width**0.5
     if config.position == 'abs_pos':

@@ -59,7 +59,7 @@ def train_step(
     return result.loss, result
 
   gradients, result = jax.grad(loss_function, has_aux=True)(state.params)
-  # A number that is none, anywhere in the gradients, shows in their norm.
+  # What is not finite, anywhere in the gradients, shows in their norm.
   norm = optax.tree.norm(gradients)
   finite = jnp.isfinite(result.loss) & jnp.isfinite(norm)
   is_part = config.optimizer.accumulate > 1
