@@ -148,7 +148,7 @@ class ConformerBlock(nn.Module):
 
   def _attention(
     self, x: Float[Array, 'B T D'], state: BlockState, context: BlockContext
-  ) -> tuple[Array, attention.Keys]:
+  ):
     x = self._normed('attention', x)
     layer = attention.MultiHeadAttention(
       self.config.num_heads,

@@ -253,7 +253,7 @@ def _to_tree(running: convolution.RunningStats) -> PyTree:
 
 def _next_cache(
   cache: cache_lib.StreamingCache,
-  state: conformer_block.BlockState,
+  state,
   num_valid: Int[Array, 'B'],
 ) -> cache_lib.StreamingCache:
   """Drops the oldest frames; padded new frames never enter."""
