@@ -88,6 +88,7 @@ def _require_positive(owner: str, **numbers: float) -> None:
 @functools.cache
 def executors() -> tuple[str, ...]:
   """What `moe.executor` may be; each file of ops/executors is one."""
+  # By their names: to import them would take JAX, and pull in a higher floor.
   folder = pathlib.Path(__file__).parent / 'ops' / 'executors'
   names = sorted(file.stem for file in folder.glob('[a-z]*.py'))
   return ('auto', *names)
@@ -117,6 +118,8 @@ def _expert_places(term: str, num_blocks: int) -> set[tuple[int, str]]:
     period = int(match['period'])
     chosen = chosen[period - 1 :: period]
   elif match['first']:
+    # A slice: blocks beyond the last one are left out without an error, since
+    # one list serves two decoders that may differ in length.
     first = int(match['first'])
     chosen = chosen[first : int(match['last'] or first) + 1]
   return {(i, ffn) for i in chosen for ffn in ((name,) if name else _FFNS)}
@@ -289,6 +292,7 @@ class EncoderConfig:
       f'encoder.num_heads={self.num_heads} does not divide '
       f'encoder.model_dim={self.model_dim}',
     )
+    # What looks to both sides needs a middle.
     _require(
       self.causal_conv or self.conv_kernel % 2 == 1,
       f'encoder.conv_kernel={self.conv_kernel} must be odd when '
@@ -386,6 +390,7 @@ class ModelConfig:
   decoder: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
 
   def __post_init__(self):
+    # float64 is for tests of exactness; JAX has it only if told so.
     _require(
       self.dtype in ('float32', 'bfloat16', 'float64'),
       f'model.dtype is {self.dtype!r}; it must be float32 or bfloat16',
@@ -396,6 +401,7 @@ class ModelConfig:
       f'decoder.num_heads={self.decoder.num_heads} does not divide '
       f'encoder.model_dim={self.encoder.model_dim}',
     )
+    # 0 is no size yet: a config may be made before its tokenizer.
     for key in ('blank_id', 'sos_id', 'eos_id'):
       value = getattr(self, key)
       _require(
@@ -663,6 +669,7 @@ class OptimizerConfig:
   schedule: Schedule = 'warmup_inverse_sqrt'
   warmup_steps: int = 25000
   final_rate_share: float = 0.01
+  # Adam with the numbers of Vaswani et al. (1706.03762, 5.3).
   beta1: float = 0.9
   beta2: float = 0.98
   eps: float = 1e-9
@@ -771,6 +778,7 @@ class MeshConfig:
     tensor: heads, feed-forward width and vocabulary are split.
   """
 
+  # In the order of `sharding.axes.MESH_AXES`: a mesh takes them by their place.
   data: int = -1
   fsdp: int = 1
   expert: int = 1
@@ -975,6 +983,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
       raise ConfigError(f'config key {path!r} must be a group, not {value!r}')
     return from_dict(typing.cast(type, hint), value, path=path)
   origin = typing.get_origin(hint)
+  # The class checks its choices itself, with a message that lists them.
   if origin is Literal:
     return value
   if origin is tuple:
@@ -984,6 +993,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     return tuple(_convert(element, item, path) for item in value)
   if isinstance(hint, types.UnionType):
     return value
+  # `--config.x=1` is fine for a float, but True, an int in Python, is a slip.
   if hint is float and isinstance(value, int) and not isinstance(value, bool):
     return float(value)
   if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
@@ -995,6 +1005,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
 
 def replace(config: _T, path: str, value: Any) -> _T:
   """Returns a copy with one key, given by its dotted path, set to `value`."""
+  # By way of a dict, so that every class on the path validates again.
   tree = to_dict(config)
   *groups, key = path.split('.')
   node = tree

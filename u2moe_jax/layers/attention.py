@@ -58,7 +58,7 @@ def heads_first(keys: Keys) -> HeadsFirst:
   """Brings the heads in front of the frames."""
   if isinstance(keys, HeadsFirst):
     return keys
-  move = lambda x: jnp.swapaxes(x, 1, 2)
+  move = lambda x: jnp.swapaxes(x, 1, 2)  # [B, H, P, K]
   return HeadsFirst(key=move(keys.key), value=move(keys.value))
 
 
@@ -66,11 +66,13 @@ def _join(past: Keys | None, new: Keys, write_at: Array | None) -> Keys:
   """Appends the new keys and values to the past, or writes them into it."""
   if past is None:
     return new
-  axis = 1
+  axis = 1  # of the frames
   if isinstance(past, HeadsFirst):
     new, axis = heads_first(new), 2
 
-  def join(old, fresh):
+  def join(old: Array, fresh: Array) -> Array:
+    # The cache keeps its type, so that one program serves every chunk. A search
+    # has caches of a fixed size and overwrites; streams append.
     fresh = fresh.astype(old.dtype)
     if write_at is None:
       return jnp.concatenate([old, fresh], axis=axis)
@@ -133,6 +135,8 @@ class MultiHeadAttention(nn.Module):
     if rotation is not None:
       query = positional.rotate(query, rotation)
       new = dataclasses.replace(new, key=positional.rotate(new.key, rotation))
+    # Kept rotated, but without the terms of `rel_pos`: these are made anew from
+    # the embeddings of all P keys.
     keys = _join(past, new, write_at)
     key, key_score = keys.key, None
     if self.key_position:
@@ -154,10 +158,13 @@ class MultiHeadAttention(nn.Module):
     )(output)
     return output, keys
 
-  def _project_all(self, x, memory) -> tuple[Array, Keys]:
+  def _project_all(
+    self, x: Float[Array, 'B T D'], memory: Float[Array, 'B new D'] | Keys
+  ) -> tuple[Array, Keys]:
     """Queries (B, T, H, K), and the new keys and values."""
     width = x.shape[-1]
     if self.fused:
+      # The axis of the three goes by a name that no rule splits.
       shape = (3, self.num_heads, width // self.num_heads)
       fused = linear.dense(
         shape,
@@ -168,6 +175,7 @@ class MultiHeadAttention(nn.Module):
       )(x)  # [B, T, 3, H, K]
       return fused[:, :, 0], KeyValue(key=fused[:, :, 1], value=fused[:, :, 2])
     query = self._project('query', width)(x)
+    # A search projects the encoder frames once, not at every step.
     if isinstance(memory, Keys):
       return query, memory
     return query, KeyValue(
@@ -185,7 +193,12 @@ class MultiHeadAttention(nn.Module):
       name=name,
     )
 
-  def _position_terms(self, key, key_embedding, head_dim):
+  def _position_terms(
+    self,
+    key: Float[Array, 'B P H K'],
+    key_embedding: Float[Array, '#B P D'] | None,
+    head_dim: int,
+  ) -> tuple[Array, Array]:
     """Folds positions into the keys and one score per key.
 
     (q + u) . k + (q + w) . p  =  q . (k + p)  +  (u . k + w . p), so one
@@ -196,12 +209,14 @@ class MultiHeadAttention(nn.Module):
     width = self.num_heads * head_dim
     position = self._project('position', width, use_bias=False)(key_embedding)
 
-    def bias(name):
+    # u and w of the formula; they belong to the queries' side and are the same
+    # for all of them.
+    def bias(name: str) -> Array:
       init, names = nn.initializers.xavier_uniform(), (axes.HEADS, axes.KV)
       shape = (self.num_heads, head_dim)
       return linear.parameter(self, name, init, names, shape).astype(key.dtype)
 
-    position = jnp.broadcast_to(position, key.shape)
+    position = jnp.broadcast_to(position, key.shape)  # [B, P, H, K]
     score = jnp.einsum('BPHK,HK->BPH', key, bias('content_bias'))
     score += jnp.einsum('BPHK,HK->BPH', position, bias('position_bias'))
     return key + position, score

@@ -1,5 +1,7 @@
 """Conformer convolution module, causal or not; cache in, cache out."""
 
+from collections.abc import Callable
+
 from flax import linen as nn
 from flax import struct
 import jax
@@ -17,6 +19,7 @@ from u2moe_jax.ops import convolution
 from u2moe_jax.sharding import axes
 
 EPSILON = 1e-5  # of the norms
+# The share of the new batch: momentum as PyTorch means it, not as flax does.
 _MOMENTUM = 0.1
 
 
@@ -94,9 +97,12 @@ class ConvolutionModule(nn.Module):
       dtype=self.dtype,
       name='pointwise_in',
     )(x)
+    # Gated linear unit (arXiv 1612.08083).
     value, gate = jnp.split(x, 2, axis=-1)
     x = value * jax.nn.sigmoid(gate)
     if not self.causal:
+      # The bias of the map before has filled the padding again. A causal frame
+      # never sees it: padding lies to its right.
       if not self.padding_leak:
         x = jnp.where(padded_mask[..., None], x, 0.0)
       half = self.kernel_width // 2
@@ -113,7 +119,7 @@ class ConvolutionModule(nn.Module):
     )(x)
     return jnp.where(mask[..., None], x, 0.0), inputs, running
 
-  def _depthwise(self, x):
+  def _depthwise(self, x: Float[Array, 'B T_in D']) -> Array:
     width = x.shape[-1]
     init = linear.uniform_fan_in(self.kernel_width)
     names = (axes.CONV, axes.CONV_CHANNEL)
@@ -123,7 +129,12 @@ class ConvolutionModule(nn.Module):
     x = convolution.depthwise_conv(x, kernel.astype(x.dtype))
     return x + bias.astype(x.dtype)[None, None]
 
-  def _normalise(self, x, mask, running):
+  def _normalise(
+    self,
+    x: Float[Array, 'B T D'],
+    mask: Bool[Array, 'B T'],
+    running: RunningStats | None,
+  ) -> tuple[Array, RunningStats | None]:
     if self.norm == 'layer_norm':
       return linear.layer_norm('norm')(x), None
     if self.norm == 'rms_norm':
@@ -132,8 +143,11 @@ class ConvolutionModule(nn.Module):
       return x, None
     if running is None:
       raise ValueError('batch_norm needs its running statistics (buffers)')
+    # float32 at least: sums over all frames of a batch have few digits left in
+    # bfloat16.
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     mean, variance = running.mean, running.variance
+    # A dropout key is what tells training from evaluation.
     if self.has_rng('dropout'):
       counted = jnp.ones_like(mask) if self.batch_norm_padding else mask
       mean, variance, running = _batch_statistics(x, counted, running)
@@ -142,29 +156,36 @@ class ConvolutionModule(nn.Module):
     bias = self._channel_param('bias', nn.initializers.zeros, x)
     return x * scale[None, None] + bias[None, None], running
 
-  def _rms_norm(self, x):
+  def _rms_norm(self, x: Float[Array, 'B T D']) -> Array:
     """Scales by 1 + offset, as the reference does; it stores the offset."""
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     power = jnp.mean(x**2, axis=-1, keepdims=True)
     offset = self._channel_param('offset', nn.initializers.zeros, x)
     return x * jax.lax.rsqrt(power + EPSILON) * (1 + offset)[None, None]
 
-  def _channel_param(self, name, init, x):
+  def _channel_param(
+    self, name: str, init: Callable[..., Array], x: Array
+  ) -> Array:
     names = (axes.CONV_CHANNEL,)
     return linear.parameter(self, f'norm_{name}', init, names, x.shape[-1:])
 
 
-def _batch_statistics(x, mask, running):
+def _batch_statistics(
+  x: Float[Array, 'B T D'], mask: Bool[Array, 'B T'], running: RunningStats
+) -> tuple[Array, Array, RunningStats]:
   """Batch mean and variance over counted frames, and the running update."""
+  # Under jit B is the batch of all devices, and so are these sums.
   count = jnp.maximum(jnp.sum(mask), 1).astype(x.dtype)
   keep = mask[..., None]
   mean = jnp.sum(jnp.where(keep, x, 0.0), axis=(0, 1)) / count
+  # In two passes: E[x^2] - E[x]^2 cancels where the mean is large.
   centred = jnp.where(keep, x - mean[None, None], 0.0)
   variance = jnp.sum(centred**2, axis=(0, 1)) / count
   # The running variance is unbiased, the one used to normalise is not.
   unbiased = variance * count / jnp.maximum(count - 1, 1)
 
-  def move(old, new):
+  def move(old: Array, new: Array) -> Array:
+    # A buffer: the loss of this batch must not reach it by its gradient.
     return (1 - _MOMENTUM) * old + _MOMENTUM * jax.lax.stop_gradient(new)
 
   updated = RunningStats(

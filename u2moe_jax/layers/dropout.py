@@ -61,6 +61,8 @@ def keep_mask(
   Returns:
     True where an element stays.
   """
+  # Numbers of the elements of the whole array, from iotas, which a device can
+  # make for its part alone. They wrap beyond 2^32.
   place = jnp.zeros(shape, jnp.uint32)
   for axis, stride in enumerate(_strides(shape)):
     place += lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
@@ -70,6 +72,7 @@ def keep_mask(
   bits = (bits ^ (bits >> _SHIFTS[1])) + words[1]
   bits *= jnp.uint32(_MULTIPLIERS[1])
   bits ^= bits >> _SHIFTS[2]
+  # Of all 2^32 words a share `rate` lies below.
   return bits >= jnp.uint32(round(rate * 2**32))
 
 
@@ -84,16 +87,20 @@ def _strides(shape: tuple[int, ...]) -> list[Array]:
 # Dropout is linear and its own transpose. Drawing the mask again for the
 # backward pass is quicker than keeping it.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _dropout(x, words, rate):
+def _dropout(x: Array, words: Array, rate: float) -> Array:
   mask = keep_mask(words, x.shape, rate)
   return jnp.where(mask, x * (1 / (1 - rate)), 0)
 
 
-def _dropout_forward(x, words, rate):
+def _dropout_forward(
+  x: Array, words: Array, rate: float
+) -> tuple[Array, Array]:
   return _dropout(x, words, rate), words
 
 
-def _dropout_backward(rate, words, gradient):
+def _dropout_backward(
+  rate: float, words: Array, gradient: Array
+) -> tuple[Array, None]:
   return _dropout(gradient, words, rate), None
 
 

@@ -14,6 +14,7 @@ Without a mesh, or on one device, this is `grouped_matmul`.
 import dataclasses
 import functools
 import math
+from typing import Any
 
 from flax import linen as nn
 import jax
@@ -61,7 +62,7 @@ def _split() -> _Split | None:
     return None
   sizes = dict(mesh.shape)
 
-  def named(axis):
+  def named(axis: str) -> tuple[str, ...]:
     names = rules_lib.mesh_axes(rules, axis)
     return tuple(name for name in names if sizes.get(name, 1) > 1)
 
@@ -99,6 +100,7 @@ def expert_feed_forward(
   )
   if split is None:
     return run(x, plan, weights)
+  # A mesh splits an axis, so experts that are separate arrays are stacked.
   weights = grouped_matmul.stacked(weights)
   if split.experts:
     run = functools.partial(
@@ -110,14 +112,18 @@ def expert_feed_forward(
       block_size=block_size,
     )
   num_tokens = x.shape[0]
+  # `shard_map` takes parts of one size only.
   x, plan = _pad(x, plan, -num_tokens % split.parts(split.tokens))
   hidden_parts = split.parts(split.hidden)
 
-  def on_device(x, plan, weights):
+  def on_device(
+    x: Array, plan: Routing, weights: grouped_matmul.ExpertWeights
+  ) -> tuple[Array, Array]:
     # Each part of the hidden width adds the bias; together they add it once.
     b_out = weights.b_out / hidden_parts
     weights = dataclasses.replace(weights, b_out=b_out)
     executed = run(x, plan, weights)
+    # An axis in front, along which the parts of a sum stand side by side.
     return executed.output[None], executed.num_dropped[None]
 
   tokens, experts = split.tokens or None, split.experts or None
@@ -152,7 +158,7 @@ def _pad(x: Array, plan: Routing, more: int) -> tuple[Array, Routing]:
   if not more:
     return x, plan
 
-  def pad(array, value):
+  def pad(array: Array, value: float) -> Array:
     widths = ((0, more),) + ((0, 0),) * (array.ndim - 1)
     return jnp.pad(array, widths, constant_values=value)
 
@@ -165,15 +171,15 @@ def _pad(x: Array, plan: Routing, more: int) -> tuple[Array, Routing]:
 
 
 def _exchange(
-  x,
-  plan,
-  weights,
+  x: Float[Array, 'S D'],
+  plan: Routing,
+  weights: grouped_matmul.ExpertWeights,
   *,
-  split,
-  activation,
-  executor,
-  capacity_factor,
-  block_size,
+  split: _Split,
+  activation: grouped_matmul.Activation,
+  executor: Executor,
+  capacity_factor: float | None,
+  block_size: int,
 ) -> grouped_matmul.Execution:
   """One device's part; `weights` are those of its experts only."""
   num_tokens, num_kept = plan.expert_index.shape
@@ -185,6 +191,8 @@ def _exchange(
     num_tokens, num_kept, plan.num_experts, capacity_factor if drops else None
   )
   slots, num_dropped = capacity_lib.make_slots(plan, capacity)
+  # Part i of the first axis goes to device i, and what arrives lies in the
+  # order of the senders. Twice is the identity, so it is also the way back.
   travel = functools.partial(
     jax.lax.all_to_all,
     axis_name=split.experts,
@@ -192,6 +200,8 @@ def _exchange(
     concat_axis=0,
     tiled=True,
   )
+  # Slots stand expert after expert, so a device's are next to each other: they
+  # travel as [devices, own experts, C, D].
   rows = permutation.dispatch(x, slots)
   rows = travel(rows.reshape(num_devices, num_own, capacity, -1))
   # What was sent to devices has come from devices: own experts first.
@@ -200,6 +210,8 @@ def _exchange(
     groups = rows.reshape(num_own, num_devices * capacity, -1)
     output = capacity_lib.equal_groups(groups, weights, activation)
   else:
+    # With a slot for every token most are empty; executors that can skip them
+    # are told which.
     is_filled = travel(
       (slots.source < num_tokens).reshape(num_devices, num_own, capacity)
     )
@@ -211,15 +223,20 @@ def _exchange(
       executor=name,
       block_size=block_size,
     )
-  output = jnp.swapaxes(output.reshape(rows.shape), 0, 1)
-  output = travel(output).reshape(plan.num_experts * capacity, -1)
+  output = jnp.swapaxes(output.reshape(rows.shape), 0, 1)  # as it was sent
+  output = travel(output).reshape(plan.num_experts * capacity, -1)  # [E * C, D]
   return grouped_matmul.Execution(
     output=permutation.combine(output, plan.weight, slots),
     num_dropped=num_dropped,
   )
 
 
-def _run_received(rows, is_filled, weights, **options) -> Array:
+def _run_received(
+  rows: Array,
+  is_filled: Array,
+  weights: grouped_matmul.ExpertWeights,
+  **options: Any,
+) -> Array:
   """Runs any executor on rows whose expert is known; empty ones cost little.
 
   Args:
@@ -231,6 +248,7 @@ def _run_received(rows, is_filled, weights, **options) -> Array:
   num_own = rows.shape[0]
   expert = jnp.arange(num_own, dtype=jnp.int32)[:, None, None]
   expert = jnp.where(is_filled, expert, num_own)
+  # Weight 1: the real weights are applied by the sender, who has the plan.
   plan = Routing(
     expert_index=expert.reshape(-1, 1),
     weight=is_filled.reshape(-1, 1).astype(jnp.float32),

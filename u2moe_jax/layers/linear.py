@@ -20,9 +20,12 @@ Dtype: TypeAlias = jax.typing.DTypeLike
 
 def uniform_fan_in(fan_in: int):
   """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the recipe's weights and biases."""
+  # What PyTorch gives linear maps and convolutions by default.
   bound = fan_in**-0.5
 
-  def init(key, shape, dtype=jnp.float32):
+  def init(
+    key: Array, shape: Sequence[int], dtype: Dtype = jnp.float32
+  ) -> Array:
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
   return init
@@ -54,6 +57,8 @@ def weight(
   A checkpoint may have it in 8 bits (`models/inference.py`): then its scale
   stands beside it, and no other parameter is asked for.
   """
+  # flax compares the shape of what a checkpoint gives, not the type, so values
+  # in 8 bits pass.
   value = parameter(module, name, init, names, shape)
   scale = scale_name(name)
   if not module.has_variable('params', scale):
@@ -117,6 +122,7 @@ class Linear(nn.Module):
     bias = parameter(
       self, 'bias', init, self.kernel_axes[self.contract :], self.features
     )
+    # As many axes as x has; implicit rank promotion is an error in the tests.
     return x + bias.astype(self.dtype).reshape(
       (1,) * (x.ndim - len(self.features)) + self.features
     )
@@ -148,6 +154,9 @@ def dense(
 def layer_norm(name: str | None = None) -> nn.LayerNorm:
   """LayerNorm over the model width, in float32, epsilon 1e-5."""
   partitioned = nn.with_logical_partitioning
+  # Without `dtype` the result has that of the parameters, float32; who needs
+  # another casts. The slow variance is the one that does not cancel where the
+  # mean is large.
   return nn.LayerNorm(
     epsilon=1e-5,
     use_fast_variance=False,

@@ -67,10 +67,12 @@ class MoeFeedForward(nn.Module):
     """Sends every valid frame through its experts; padding gets zeros."""
     batch, frames, width = x.shape
     config = self.config
+    # A dropout key is what tells training from evaluation.
     training = self.has_rng('dropout')
+    # Routing knows no utterances: the frames of the batch are one list.
     tokens = x.reshape(-1, width)  # [S, D]
     logits = self._router(tokens)
-    token_mask = mask.reshape(-1)
+    token_mask = mask.reshape(-1)  # [S]
     plan = routing.route(
       logits,
       token_mask,
@@ -104,7 +106,7 @@ class MoeFeedForward(nn.Module):
     )
     return executed.output.reshape(shape), stats
 
-  def _router(self, tokens):
+  def _router(self, tokens: Float[Array, 'S D']) -> Array:
     """Logits in float32: near-ties must not hang on the compute type."""
     wide = jnp.promote_types(jnp.float32, tokens.dtype)
     return linear.dense(
@@ -119,7 +121,10 @@ class MoeFeedForward(nn.Module):
   def _experts(self, width: int) -> grouped_matmul.ExpertWeights:
     num, hidden = self.config.num_experts, self.hidden_dim
 
-    def param(name, fan_in, shape, names):
+    # `fan_in` is told: from the shape one would count the experts as inputs.
+    def param(
+      name: str, fan_in: int, shape: tuple[int, ...], names: tuple[str, ...]
+    ) -> Array:
       init, names = linear.uniform_fan_in(fan_in), (axes.EXPERT, *names)
       kernel = linear.parameter(self, name, init, names, (num, *shape))
       return kernel.astype(self.dtype)
@@ -157,11 +162,12 @@ class _Expert(nn.Module):
   def __call__(self) -> grouped_matmul.SeparateExpert:
     hidden, width = self.hidden_dim, self.width
 
-    def kernel(name, names, shape):
+    def kernel(name: str, names: tuple[str, ...], shape: tuple[int, int]):
+      # Transposed, so the inputs are the second axis.
       init = linear.uniform_fan_in(shape[1])
       return linear.weight(self, name, init, names, shape, dtype=self.dtype)
 
-    def bias(name, axis, size, fan_in):
+    def bias(name: str, axis: str, size: int, fan_in: int) -> Array:
       init = linear.uniform_fan_in(fan_in)
       value = linear.parameter(self, name, init, (axis,), (size,))
       return value.astype(self.dtype)

@@ -19,10 +19,12 @@ def sinusoids(
   """
   angles = _angles(positions, width)  # [B, T, D/2]
   pairs = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+  # An odd width has a last sine without its cosine.
   return pairs.reshape(*positions.shape, -1)[..., :width]
 
 
 def _angles(positions: Array, width: int) -> Array:
+  # float32 whatever the model computes in: bfloat16 cannot count beyond 256.
   rates = 10000.0 ** (-jnp.arange(0, width, 2) / width)
   return positions[..., None].astype(jnp.float32) * rates[None, None]
 
@@ -46,7 +48,7 @@ def rotation(positions: Int[Array, 'B T'], *, head_dim: int) -> Rotation:
 def rotate(x: Float[Array, 'B T H K'], by: Rotation) -> Float[Array, 'B T H K']:
   """Rotates the pairs (x[m], x[m + K/2])."""
   real, imaginary = jnp.split(x, 2, axis=-1)
-  cos = by.cos[:, :, None].astype(x.dtype)
+  cos = by.cos[:, :, None].astype(x.dtype)  # [B, T, 1, K/2]: the same per head
   sin = by.sin[:, :, None].astype(x.dtype)
   return jnp.concatenate(
     [real * cos - imaginary * sin, real * sin + imaginary * cos], axis=-1

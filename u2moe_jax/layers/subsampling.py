@@ -1,6 +1,7 @@
 """Convolutional subsampling x4, x6 and x8, and its arithmetic."""
 
 import dataclasses
+from typing import Any
 
 from flax import linen as nn
 import jax
@@ -25,10 +26,11 @@ class Geometry:
 
   stages: tuple[tuple[int, int], ...]
 
-  def output_length(self, length):
+  def output_length(self, length: Any) -> Any:
     """Frames after subsampling; works on ints and arrays, never below 0."""
     for width, stride in self.stages:
       length = (length - width) // stride + 1
+    # A product, where `max` takes ints only and `jnp.maximum` makes arrays.
     return length * (length > 0)
 
   @property
@@ -88,7 +90,7 @@ class ConvSubsampling(nn.Module):
     for i, (size, stride) in enumerate(geometry(self.kind).stages):
       x = jax.nn.relu(self._convolve(x, i, size, stride))
     x = jnp.swapaxes(x, 2, 3)  # [B, T, C, F]: channel-major, as the reference
-    x = x.reshape(*x.shape[:2], -1)
+    x = x.reshape(*x.shape[:2], -1)  # [B, T, C * F]
     return linear.dense(
       self.width,
       fan_in=x.shape[-1],
@@ -97,7 +99,9 @@ class ConvSubsampling(nn.Module):
       name='output',
     )(x)
 
-  def _convolve(self, x, index, size, stride):
+  def _convolve(
+    self, x: Float[Array, 'B T F C'], index: int, size: int, stride: int
+  ) -> Array:
     channels = self.channels or self.width
     init = linear.uniform_fan_in(size * size * x.shape[-1])
     # The first makes the channels that the second sums over, so that one sum

@@ -65,6 +65,7 @@ def init_cache(
 
 def grow(cache: StreamingCache, capacity: int) -> StreamingCache:
   """Returns the cache with room for more frames, the old ones kept."""
+  # In front: the newest frame is the last, and `length` counts from there.
   extra = capacity - cache.capacity
   pad = ((0, 0), (0, 0), (extra, 0), (0, 0), (0, 0))
   return dataclasses.replace(

@@ -89,7 +89,9 @@ class ConformerBlock(nn.Module):
     self, x: Float[Array, 'B T D'], state: BlockState, context: BlockContext
   ) -> tuple[Float[Array, 'B T D'], BlockOutput]:
     config = self.config
+    # Two half steps make a whole one (Conformer, arXiv 2005.08100).
     half = 0.5 if config.macaron else 1.0
+    # Filled by the feed-forward layers, in the order of the pass.
     stats: dict[str, moe.MoeStats] = {}
     if config.macaron:
       x += half * self._feed_forward(x, 'macaron', context, stats)
@@ -99,19 +101,28 @@ class ConformerBlock(nn.Module):
     x += convolved
     x += half * self._feed_forward(x, 'final', context, stats)
     x = linear.layer_norm('norm_output')(x).astype(self.dtype)
+    # Between blocks the utterances are split over devices and nothing else,
+    # whatever the kernels of the block would suggest to the compiler.
     x = nn.with_logical_constraint(
       x, (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED)
     )
     state = BlockState(past=keys, history=history, running=running)
     return x, BlockOutput(state=state, output=x, moe=stats)
 
-  def _normed(self, name, x):
+  def _normed(self, name: str, x: Float[Array, 'B T D']) -> Array:
+    # The norm gives float32; what follows is in the compute type.
     return linear.layer_norm(f'norm_{name}')(x).astype(self.dtype)
 
-  def _dropout(self, x):
+  def _dropout(self, x: Float[Array, 'B T D']) -> Array:
     return dropout_lib.Dropout(self.config.dropout)(x)
 
-  def _feed_forward(self, x, name, context, stats):
+  def _feed_forward(
+    self,
+    x: Float[Array, 'B T D'],
+    name: str,
+    context: BlockContext,
+    stats: dict[str, moe.MoeStats],
+  ) -> Array:
     config = self.config
     x = self._normed(f'ffn_{name}', x)
     if name in self.experts:
@@ -123,6 +134,7 @@ class ConformerBlock(nn.Module):
         dtype=self.dtype,
         name=f'ffn_{name}',
       )
+      # Padding visits no expert: it must fill no slot and sway no statistic.
       x, stats[name] = experts(x, context.frame_mask)
       return self._dropout(x)
     layer = feed_forward.FeedForward(
@@ -134,7 +146,9 @@ class ConformerBlock(nn.Module):
     )
     return self._dropout(layer(x))
 
-  def _attention(self, x, state, context):
+  def _attention(
+    self, x: Float[Array, 'B T D'], state: BlockState, context: BlockContext
+  ):
     x = self._normed('attention', x)
     layer = attention.MultiHeadAttention(
       self.config.num_heads,
@@ -154,7 +168,9 @@ class ConformerBlock(nn.Module):
     )
     return self._dropout(x), keys
 
-  def _convolution(self, x, state, context):
+  def _convolution(
+    self, x: Float[Array, 'B T D'], state: BlockState, context: BlockContext
+  ) -> tuple[Array, Array, convolution.RunningStats | None]:
     config = self.config
     layer = convolution.ConvolutionModule(
       config.conv_kernel,

@@ -128,6 +128,7 @@ class DecoderLayer(nn.Module):
     past = None if cache is None else cache.tokens
     attended, keys = self._self_attention(normed, past, context)
     x += self._dropout(attended)
+    # While decoding the memory comes projected, in the cache.
     memory = context.memory if cache is None else cache.memory
     normed = self._normed('cross_attention', x)
     x += self._dropout(self._cross_attention(normed, memory, context))
@@ -138,18 +139,24 @@ class DecoderLayer(nn.Module):
     )
     return x, LayerOutput(keys=keys, moe=stats)
 
-  def _normed(self, name, x):
+  def _normed(self, name: str, x: Float[Array, 'R U1 D']) -> Array:
+    # The norm gives float32; what follows is in the compute type.
     return linear.layer_norm(f'norm_{name}')(x).astype(self.dtype)
 
-  def _dropout(self, x):
+  def _dropout(self, x: Float[Array, 'R U1 D']) -> Array:
     return dropout_lib.Dropout(self.config.dropout)(x)
 
-  def _attention(self, name, dropout, *, fused=False):
+  def _attention(self, name: str, dropout: float, *, fused: bool = False):
     return attention.MultiHeadAttention(
       self.config.num_heads, dropout, fused=fused, dtype=self.dtype, name=name
     )
 
-  def _self_attention(self, x, past, context):
+  def _self_attention(
+    self,
+    x: Float[Array, 'R U1 D'],
+    past: attention.Keys | None,
+    context: DecoderContext,
+  ) -> tuple[Array, attention.Keys]:
     layer = self._attention(
       'self_attention',
       self.config.self_attention_dropout,
@@ -159,17 +166,25 @@ class DecoderLayer(nn.Module):
       x, x, context.attention_mask, past=past, write_at=context.write_at
     )
 
-  def _cross_attention(self, x, memory, context):
+  def _cross_attention(
+    self,
+    x: Float[Array, 'R U1 D'],
+    memory: Float[Array, 'B T D'] | attention.Keys | None,
+    context: DecoderContext,
+  ) -> Array:
     layer = self._attention(
       'cross_attention', self.config.cross_attention_dropout
     )
-    # All hypotheses of an utterance as one long row of queries.
+    # All hypotheses of an utterance as one long row of queries: without a
+    # causal mask it makes no difference who asks. [B, R / B * U1, D]
     mask = context.memory_mask
     queries = x.reshape(mask.shape[0], -1, x.shape[-1])
     attended, _ = layer(queries, memory, mask[:, None])
     return attended.reshape(x.shape)
 
-  def _feed_forward(self, x, context):
+  def _feed_forward(
+    self, x: Float[Array, 'R U1 D'], context: DecoderContext
+  ) -> tuple[Array, dict[str, moe.MoeStats]]:
     config = self.config
     if 'ffn' in self.experts:
       experts = moe.MoeFeedForward(
@@ -218,6 +233,7 @@ class TransformerDecoder(nn.Module):
     self.embedding = nn.Embed(
       self.vocab_size,
       self.model_dim,
+      # As PyTorch starts embeddings.
       embedding_init=nn.with_logical_partitioning(
         nn.initializers.normal(1.0), (axes.VOCAB, axes.EMBED)
       ),
@@ -273,6 +289,8 @@ class TransformerDecoder(nn.Module):
       Logits in float32, and MoE statistics stacked over the layers with
       experts.
     """
+    # In rescoring a row is a tree of hypotheses with common beginnings, which
+    # brings positions and a mask of its own.
     size = tokens.shape[1]
     if positions is None:
       positions = jnp.arange(size)[None]
@@ -280,7 +298,7 @@ class TransformerDecoder(nn.Module):
       attention_mask = masks.causal_mask(size)[None]
     context = DecoderContext(
       token_mask=token_mask,
-      attention_mask=attention_mask & token_mask[:, None],
+      attention_mask=attention_mask & token_mask[:, None],  # [R, U1, U1]
       memory=memory,
       memory_mask=memory_mask,
     )
@@ -309,14 +327,17 @@ class TransformerDecoder(nn.Module):
       statistics of each layer.
     """
     batch, places = inputs.tokens.shape
+    # At each position a hypothesis sees the one place of the N where its
+    # ancestor stood; -1, a position to come, is no place.
     slots = jnp.arange(places)[None, None, None]
     visible = inputs.ancestry[..., None] == slots  # [B, N, P, N]
     context = DecoderContext(
       token_mask=inputs.live,
-      attention_mask=visible.reshape(batch, places, -1),
+      attention_mask=visible.reshape(batch, places, -1),  # [B, N, P * N]
       memory_mask=memory_mask,
       write_at=inputs.position * places,
     )
+    # N stands where U1 does in training; all N are at the same position.
     x = self._embed(inputs.tokens, inputs.position[None, None])
     written, stats = [], []
     for layer, own in zip(self.layers, cache, strict=True):
@@ -341,7 +362,9 @@ class TransformerDecoder(nn.Module):
     empty = jnp.zeros((memory.shape[0], heads, *size), self.dtype)
     tokens = attention.HeadsFirst(key=empty, value=empty)
 
-    def project(layer, name):
+    # What `MultiHeadAttention` would do with the memory at every step, straight
+    # into the layout of the cache.
+    def project(layer: nn.Module, name: str) -> Array:
       part = layer.variables['params']['cross_attention'][name]
       kernel = linear.float_kernel(part).astype(self.dtype)
       bias = part['bias'].astype(self.dtype)[None, :, None]  # [1, H, 1, K]
@@ -357,13 +380,16 @@ class TransformerDecoder(nn.Module):
       for layer in self.layers
     )
 
-  def _embed(self, tokens, positions):
+  def _embed(
+    self, tokens: Int[Array, 'R U1'], positions: Int[Array, '#R U1']
+  ) -> Array:
+    # The scale of Vaswani et al. (1706.03762, 3.4).
     x = self.embedding(tokens) * self.model_dim**0.5
     table = positional.sinusoids(positions, width=self.model_dim)
     x += table.astype(x.dtype)
     return self.positional_dropout(x)
 
-  def _logits(self, x):
+  def _logits(self, x: Float[Array, 'R U1 D']) -> Array:
     x = self.norm(x).astype(self.dtype)
     return self.output(x).astype(jnp.promote_types(jnp.float32, self.dtype))
 
@@ -393,7 +419,8 @@ def grow(
     hypotheses: N.
   """
 
-  def pad(leaf):
+  # At the end: token p of hypothesis n stays at place p * N + n.
+  def pad(leaf: Float[Array, 'B H P K']) -> Array:
     missing = capacity * hypotheses - leaf.shape[2]
     return jnp.pad(leaf, ((0, 0), (0, 0), (0, missing), (0, 0)))
 

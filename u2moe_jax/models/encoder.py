@@ -110,14 +110,16 @@ class ConformerEncoder(nn.Module):
     num_frames = x.shape[1]
     lengths = self.geometry.output_length(feature_lengths)
     mask = masks.length_mask(lengths, max_length=num_frames)
+    # One mask for the batch: [T, T].
     chunks = masks.chunk_mask(
       num_frames, chunk_size=chunk_size, left_chunks=left_chunks
     )
-    positions = jnp.arange(num_frames)[None]
+    positions = jnp.arange(num_frames)[None]  # [1, T]
     x, key_embedding, rotation = self._positions(x, positions, positions)
     context = conformer_block.BlockContext(
       frame_mask=mask,
-      attention_mask=chunks[None] & mask[:, None, :],
+      # Padding is no key. As a query it may be anything: nobody reads it.
+      attention_mask=chunks[None] & mask[:, None, :],  # [B, T, T]
       key_embedding=key_embedding,
       rotation=rotation,
     )
@@ -166,13 +168,17 @@ class ConformerEncoder(nn.Module):
     x = self._subsample(features, buffers)
     num_frames, capacity = x.shape[1], cache.capacity
     mask = masks.length_mask(num_valid, max_length=num_frames)
+    # The newest cached frame is the last, so unfilled places are in front.
     filled = jnp.arange(capacity)[None] >= capacity - cache.length[:, None]
     key_mask = jnp.concatenate([filled, mask], axis=1)  # [B, P + T]
-    new = cache.offset[:, None] + jnp.arange(num_frames)[None]
+    # Positions count from the start of each stream; those of unfilled places,
+    # negative ones at first, mean nothing and are masked.
+    new = cache.offset[:, None] + jnp.arange(num_frames)[None]  # [B, T]
     keys = cache.offset[:, None] + jnp.arange(-capacity, num_frames)[None]
     x, key_embedding, rotation = self._positions(x, new, keys)
     context = conformer_block.BlockContext(
       frame_mask=mask,
+      # One row for all queries: a frame sees all of its chunk and of the cache.
       attention_mask=key_mask[:, None],
       key_embedding=key_embedding,
       rotation=rotation,
@@ -193,19 +199,34 @@ class ConformerEncoder(nn.Module):
     )
     return result, _next_cache(cache, output.state, num_valid)
 
-  def _run(self, x, state, context):
+  def _run(
+    self,
+    x: Float[Array, 'B T D'],
+    state: conformer_block.BlockState,
+    context: conformer_block.BlockContext,
+  ) -> tuple[Array, conformer_block.BlockOutput]:
     return stack.run(self.blocks, self.config.expert_ffns, x, state, context)
 
-  def _subsample(self, features, buffers):
+  def _subsample(
+    self, features: Float[Array, 'B T_in F'], buffers: PyTree
+  ) -> Array:
+    # CMVN: each mel bin to mean 0 and variance 1 by statistics of a corpus,
+    # `istd` being one over the standard deviation.
     cmvn = buffers['cmvn']
     x = (features - cmvn['mean'][None, None]) * cmvn['istd'][None, None]
     return self.subsampling(x)
 
-  def _positions(self, x, positions, key_positions):
+  def _positions(
+    self,
+    x: Float[Array, 'B T D'],
+    positions: Int[Array, '#B T'],
+    key_positions: Int[Array, '#B P'],
+  ) -> tuple[Array, Array | None, positional.Rotation | None]:
     """Scales x and makes the position terms of the configured kind."""
     config = self.config
     width = config.model_dim
     key_embedding, rotation = None, None
+    # As the reference: `no_pos` alone leaves x as it is.
     if config.position != 'no_pos':
       x = x * width**0.5
     if config.position == 'abs_pos':
@@ -213,6 +234,7 @@ class ConformerEncoder(nn.Module):
       x = x + embedding.astype(x.dtype)
     elif config.position == 'rel_pos':
       embedding = positional.sinusoids(key_positions, width=width)
+      # Not added to x: every block's attention projects it by itself.
       key_embedding = self.positional_dropout(embedding.astype(x.dtype))
     elif config.position == 'rope_pos':
       head_dim = width // config.num_heads
@@ -220,7 +242,7 @@ class ConformerEncoder(nn.Module):
     return self.positional_dropout(x), key_embedding, rotation
 
 
-def _running(buffers) -> convolution.RunningStats | None:
+def _running(buffers: PyTree) -> convolution.RunningStats | None:
   tree = buffers.get('conv_norm')
   return convolution.RunningStats(**tree) if tree else None
 
@@ -229,10 +251,16 @@ def _to_tree(running: convolution.RunningStats) -> PyTree:
   return {'mean': running.mean, 'variance': running.variance}
 
 
-def _next_cache(cache, state, num_valid):
+def _next_cache(
+  cache: cache_lib.StreamingCache,
+  state,
+  num_valid: Int[Array, 'B'],
+) -> cache_lib.StreamingCache:
   """Drops the oldest frames; padded new frames never enter."""
 
-  def last(x, keep):  # the `keep` frames that end at each stream's last valid
+  # The `keep` frames that end at each stream's last valid one. In front of the
+  # new frames of x are `keep` old ones, so they begin at `num_valid`.
+  def last(x: Float[Array, 'L B P *rest'], keep: int) -> Array:
     index = num_valid[:, None] + jnp.arange(keep)[None]  # [B, keep]
     index = index.reshape(1, *index.shape, *(1,) * (x.ndim - 3))
     return jnp.take_along_axis(x, index, axis=2)

@@ -15,6 +15,7 @@ results. Arrays are converted one by one, on the host.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
 import dataclasses
 import functools
@@ -55,6 +56,7 @@ def model_config(
   config: config_lib.ModelConfig, weights: Weights
 ) -> config_lib.ModelConfig:
   """The config after conversion: floats are computed in as they are stored."""
+  # 8 bits are a way to store kernels; the type of the others is the config's.
   if weights == 'int8':
     return config
   return dataclasses.replace(config, dtype=weights)
@@ -86,7 +88,7 @@ def convert_variables(
   return tree['params'], tree['buffers']
 
 
-def nest(leaves) -> PyTree:
+def nest(leaves: Iterable[Leaf]) -> PyTree:
   """A tree of (path, array) pairs."""
   return traverse_util.unflatten_dict(dict(leaves), sep='/')
 
@@ -117,6 +119,7 @@ def _converted(config: config_lib.ModelConfig, read: Read) -> Iterator[Leaf]:
     prefix = next((p for p in stacks if path.startswith(f'{p}/')), None)
     if prefix is not None:
       yield from _unstacked(path, prefix, stacks[prefix], config, read)
+    # Batch-norm statistics go into the depthwise convolutions.
     elif not path.startswith('buffers/conv_norm/'):
       yield path, read(path)
 
@@ -132,6 +135,7 @@ def _stacks(config: config_lib.ModelConfig) -> dict[str, stack.Kinds]:
 
 def _source_paths(config: config_lib.ModelConfig) -> list[str]:
   """Paths of the form that trains."""
+  # Abstract: of a model of any size nothing is made but names.
   trained = u2.U2MoeModel(config)
   params = jax.eval_shape(
     lambda key: nn.meta.unbox(u2.init_params(trained, key)), jax.random.key(0)
@@ -149,6 +153,7 @@ def _unstacked(
   read: Read,
 ) -> Iterator[Leaf]:
   """What becomes of one array of a stack, block by block."""
+  # Where blocks are unlike, the first key is their group; else there is none.
   places = [stack.place(kinds, block) for block in range(len(kinds))]
   name = path.removeprefix(f'{prefix}/')
   group = name.split('/')[0] if places[0][0] else ''
@@ -169,6 +174,7 @@ def _of_block(
     if projection in (_KEY, _VALUE):
       return  # with the queries
     if projection == _QUERY:
+      # Made once, and asked for by every block.
       fused = _fused(path, read)
       yield f'{attention}/query_key_value/{leaf}', lambda _, e: fused[e]
       return
@@ -199,6 +205,7 @@ def _expert(experts: np.ndarray, index: int, _: int, entry: int) -> np.ndarray:
 def _fused(path: str, read: Read) -> np.ndarray:
   """Queries, keys and values side by side, in front of heads and width."""
   head, _, leaf = path.rpartition(f'/{_QUERY}/')
+  # Kernels: three of [L, D, H, K] to [L, D, 3, H, K]; biases: [L, 3, H, K].
   parts = [read(f'{head}/{name}/{leaf}') for name in (_QUERY, _KEY, _VALUE)]
   return np.stack(parts, axis=parts[0].ndim - 2)
 
@@ -248,6 +255,8 @@ def _stored(path: str, array: np.ndarray, weights: Weights) -> Iterator[Leaf]:
 
 def _is_matrix(parts: list[str]) -> bool:
   """Whether a product with this array may be one of 8 bits."""
+  # Convolutions (`kernel_0`, `depthwise_kernel`) and embeddings have other
+  # names: what computes with them takes floats only.
   is_expert = parts[-2].startswith('expert_') and parts[-1].startswith('w_')
   return parts[-1] == 'kernel' or is_expert
 

@@ -10,6 +10,7 @@ The inference form has no such stack: each block is a module of its own, so
 that nothing is sliced out of an array before it is multiplied.
 """
 
+from collections.abc import Iterable
 from collections.abc import Sequence
 import dataclasses
 import functools
@@ -46,6 +47,8 @@ def place(kinds: Kinds, block: int) -> tuple[str, int]:
 
 def unstack(stacked: PyTree) -> list[PyTree]:
   """The parameters of a stack, block by block."""
+  # Entry after entry, and in each of them the groups: block i is entry i // p
+  # of group i % p.
   groups = [stacked]
   if 'block_0' in stacked:
     groups = [stacked[f'block_{j}'] for j in range(len(stacked))]
@@ -92,6 +95,9 @@ def build(
     )
   size = period(kinds)
   length = len(kinds) // size
+  # Each block has parameters and dropout masks of its own, and its entry of the
+  # state; the context is the same for all. The axis of the blocks gets a name,
+  # for the rules that shard it.
   scanned = nn.scan(
     block if size == 1 else _Group,
     variable_axes={'params': 0},
@@ -99,6 +105,7 @@ def build(
     in_axes=(0, nn.broadcast),
     out_axes=0,
     length=length,
+    # A loop that is written out, so that parameters stay stacked all the same.
     unroll=1 if config.scan_blocks else length,
     metadata_params={nn.PARTITION_NAME: axes.LAYERS},
   )
@@ -133,6 +140,7 @@ def run(
   size = period(kinds)
   if size == 1:
     return blocks(x, state, context)
+  # The state from [L, ...] to [L / p, p, ...], outputs from there to [L, ...].
   grouped = jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), state)
   x, output = blocks(x, grouped, context)
   return x, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), output)
@@ -150,14 +158,18 @@ class _Group(nn.Module):
   kinds: Kinds
 
   @nn.compact
-  def __call__(self, x, state, context):
+  def __call__(
+    self, x: Array, state: PyTree, context: PyTree
+  ) -> tuple[Array, Any]:
     blocks = (
       self.make(kind, name=f'block_{i}') for i, kind in enumerate(self.kinds)
     )
     return _run_each(blocks, x, state, context)
 
 
-def _run_each(blocks, x, state, context):
+def _run_each(
+  blocks: Iterable[Any], x: Array, state: PyTree, context: PyTree
+) -> tuple[Array, Any]:
   """Runs modules in a row, as `run` does."""
   outputs = []
   for i, block in enumerate(blocks):
@@ -169,6 +181,7 @@ def _run_each(blocks, x, state, context):
 
 def _together(outputs: Sequence[Any]) -> Any:
   """Stacks what blocks return, who have not all the same layers."""
+  # A dict as a set that keeps its order, that of the pass.
   names = dict.fromkeys(name for output in outputs for name in output.moe)
   moe = {
     name: _stack([o.moe[name] for o in outputs if name in o.moe])

@@ -87,12 +87,14 @@ class U2MoeModel(nn.Module):
     self.encoder = encoder.ConformerEncoder(
       config.encoder, form=self.form, dtype=dtype
     )
+    # For each frame a score of every token and of the blank, "nothing new".
     self.ctc = linear.dense(
       config.vocab_size,
       fan_in=config.encoder.model_dim,
       kernel_axes=(axes.EMBED, axes.VOCAB),
       dtype=dtype,
     )
+    # What a model lacks has no parameters either, nor an attribute.
     if config.decoder.num_blocks:
       self.forward_decoder = make_decoder(
         config, config.decoder.num_blocks, form=self.form
@@ -186,6 +188,7 @@ class U2MoeModel(nn.Module):
     logits = self.ctc(frames)
     # float32: sums over many frames lose small differences in bfloat16.
     logits = logits.astype(jnp.promote_types(jnp.float32, logits.dtype))
+    # A number of Python, not of JAX: without a penalty nothing is compiled.
     if blank_penalty:
       logits = logits.at[..., self.config.blank_id].add(-blank_penalty)
     return jax.nn.log_softmax(logits)
@@ -209,7 +212,12 @@ class U2MoeModel(nn.Module):
     return _decode(self.backward_decoder, inputs, memory, memory_mask)
 
 
-def _decode(module, inputs, memory, memory_mask) -> DecoderScores:
+def _decode(
+  module: decoder.TransformerDecoder,
+  inputs: DecoderInputs,
+  memory: Float[Array, 'B T D'],
+  memory_mask: Bool[Array, 'B T'],
+) -> DecoderScores:
   logits, stats = module(
     inputs.tokens,
     inputs.mask,
@@ -249,6 +257,7 @@ def init_buffers(config: config_lib.ModelConfig) -> PyTree:
   bins = config.feature_dim
   buffers = {'cmvn': {'mean': jnp.zeros((bins,)), 'istd': jnp.ones((bins,))}}
   if config.encoder.conv_norm == 'batch_norm':
+    # By block in order, also where parameters lie in groups of unlike blocks.
     shape = (config.encoder.num_blocks, config.encoder.model_dim)
     buffers['conv_norm'] = {
       'mean': jnp.zeros(shape),
@@ -287,6 +296,7 @@ def count_params(config: config_lib.ModelConfig) -> tuple[int, int]:
     (total, active): active counts top-k of the experts of each layer.
   """
   model = U2MoeModel(config)
+  # The boxes of the logical axes come off, so that paths end in names.
   tree = nn.meta.unbox(
     jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
   )

@@ -20,6 +20,8 @@ def depthwise_conv(
   """Convolves each channel over time, unpadded: T = T_in - W + 1."""
   width = kernel.shape[0]
   num_frames = x.shape[1] - width + 1
+  # The kernel is not turned round, as in all frameworks. Its axes are added by
+  # hand because the tests make implicit rank promotion an error.
   return sum(
     x[:, w : w + num_frames] * kernel[w][None, None] for w in range(width)
   )
@@ -47,10 +49,13 @@ def conv2d(
   num_bins = (x.shape[2] - width) // stride + 1
 
   def tap(i: int, j: int) -> Array:
+    # Each slice ends at the last window's element, so all are equally long.
     rows = x[:, i : i + (num_frames - 1) * stride + 1 : stride]
     return rows[:, :, j : j + (num_bins - 1) * stride + 1 : stride]
 
+  # Time before mel: the order in which the kernel is flattened below.
   taps = [tap(i, j) for i in range(width) for j in range(width)]
   # Channels keep an axis of their own, so that a mesh can split them.
   patches = jnp.stack(taps, axis=-2)  # [B, T, F, W * W, D_in]
+  # Over taps and channels at once; the kernel as [W * W, D_in, D].
   return jnp.tensordot(patches, kernel.reshape(-1, *kernel.shape[2:]), 2)

@@ -39,12 +39,17 @@ def collapse(
   ids = jnp.where(mask, ids, blank_id)
   num_frames = ids.shape[1]
   blank = jnp.full((ids.shape[0], 1), blank_id, ids.dtype)
+  # Both have T frames; in front of the first and behind the last one is blank.
   before = jnp.concatenate([blank, ids], axis=1)[:, :num_frames]
   after = jnp.concatenate([ids, blank], axis=1)[:, 1:]
   neighbours = before if time == 'first' else after
-  kept = (ids != blank_id) & (ids != neighbours)
+  # Of a run of equal ids the frame at one end is kept. Equal tokens with a
+  # blank between them are two runs, hence two tokens.
+  kept = (ids != blank_id) & (ids != neighbours)  # [B, T]
 
-  def pack(row_kept, row):
+  def pack(row_kept: Bool[Array, 'T'], row: Int[Array, 'T']) -> Array:
+    # The shape is static: what is not kept goes to place T, which no row has,
+    # and the scatter drops it there.
     places = jnp.where(row_kept, jnp.cumsum(row_kept) - 1, num_frames)
     packed = jnp.full((num_frames,), _PADDING, row.dtype)
     return packed.at[places].set(row, mode='drop')
@@ -65,6 +70,7 @@ def is_feasible(
   frame_lengths: Int[Array, 'B'],
 ) -> Bool[Array, 'B']:
   """Whether the labels fit: a frame each, and a blank between equal ones."""
+  # Padding may hold the last label again; only a real one is a repeat.
   repeats = (labels[:, 1:] == labels[:, :-1]) & label_mask[:, 1:]
   needed = label_mask.sum(axis=1) + repeats.sum(axis=1)
   return needed <= frame_lengths
@@ -94,6 +100,7 @@ def ctc_loss(
     aligned give exactly 0, and no gradient; so does an empty utterance.
   """
   batch, num_frames, _ = log_probs.shape
+  # optax reads the state behind the last frame, and here there is none.
   if num_frames == 0:
     return jnp.zeros((batch,))
   feasible = is_feasible(labels, label_mask, frame_mask.sum(axis=1))
@@ -103,6 +110,7 @@ def ctc_loss(
   # Sums of thousands of terms: float32 whatever the model computes in. What is
   # masked must be finite too, because optax multiplies it by zero.
   logits = jnp.where(frame_mask[..., None], log_probs.astype(jnp.float32), 0.0)
+  # optax marks padding with 1.0: the one place where a mask is turned round.
   losses = optax.ctc_loss(
     logits,
     1.0 - frame_mask.astype(jnp.float32),
@@ -110,4 +118,6 @@ def ctc_loss(
     1.0 - label_mask.astype(jnp.float32),
     blank_id=blank_id,
   )
+  # optax has e^-1e5 for probability 0, so labels that do not fit would cost
+  # 1e5 and more. Rounding may take the loss of a certain model below 0.
   return jnp.where(feasible, jnp.maximum(losses, 0.0), 0.0)

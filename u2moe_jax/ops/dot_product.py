@@ -35,13 +35,16 @@ def attention_weights(
   Returns:
     Float32 weights; a query that may see nothing gets zeros, not NaN.
   """
-  scores = jnp.einsum(f'BTHK,{layout}->BHTP', query, key)
+  scores = jnp.einsum(f'BTHK,{layout}->BHTP', query, key)  # [B, H, T, P]
   # Softmax in float32: in bfloat16 long rows lose their small weights.
   scores = scores.astype(_at_least_float32(scores.dtype))
   if key_score is not None:
+    # As [B, H, 1, P]: a key has one score for all queries.
     scores += jnp.moveaxis(key_score, 1, 2)[:, :, None, :].astype(scores.dtype)
   scores *= query.shape[-1] ** -0.5
   mask = mask[:, None]  # [B, 1, T, P]
+  # Not -inf: the row of a query without keys would be NaN, and its gradient
+  # too. With the least number it is uniform, and zeroed behind the softmax.
   scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
   return jnp.where(mask, jax.nn.softmax(scores, axis=-1), 0.0)
 
@@ -57,5 +60,6 @@ def weighted_values(
   return jnp.einsum(f'BHTP,{layout}->BTHK', weights.astype(value.dtype), value)
 
 
-def _at_least_float32(dtype):
+def _at_least_float32(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+  # Of a model in float64 nothing is narrowed.
   return jnp.promote_types(dtype, jnp.float32)

@@ -95,7 +95,8 @@ class Execution:
 
 # Which executor `auto` is, by platform and most tokens of a device; measured
 # (docs/benchmarks.md). On GPU `ragged` computes all experts, and equal groups
-# reach more of the peak than ragged kernels do.
+# reach more of the peak than ragged kernels do. Platforms that do not stand
+# here are taken for GPUs.
 _AUTO: dict[str, tuple[tuple[float, str], ...]] = {
   'cpu': ((float('inf'), 'blocked'),),
   'gpu': ((float('inf'), 'capacity'),),
@@ -151,6 +152,7 @@ def expert_feed_forward(
   # Parameters may be NumPy arrays, which a traced index cannot index.
   weights = jax.tree.map(jnp.asarray, weights)
   name = choose(executor, x.shape[0])
+  # Late, because executors import this module for its structs.
   module = importlib.import_module(f'u2moe_jax.ops.executors.{name}')
   return module.run(
     x,
@@ -182,7 +184,7 @@ def put_expert(
 ) -> ExpertWeights:
   """Replaces one expert of a stack."""
 
-  def put(name):
+  def put(name: str) -> Array:
     one = getattr(expert, name)
     return jax.lax.dynamic_update_index_in_dim(
       getattr(weights, name), one, index, axis=0
@@ -209,7 +211,7 @@ def stacked(weights: ExpertWeights | SeparateWeights) -> ExpertWeights:
     return weights
   experts = [expert.transposed() for expert in weights]
 
-  def stack(name):
+  def stack(name: str) -> Array:
     parts = (getattr(expert, name) for expert in experts)
     return jnp.stack([quantization.dequantize(part) for part in parts])
 

@@ -37,16 +37,20 @@ def label_smoothed_kl(
   vocab_size = log_probs.shape[-1]
   off = smoothing / (vocab_size - 1)
   on = 1.0 - smoothing
+  # q has only two values, so the label's and all tokens' log-probs are enough:
+  # no target of the size [B, U1, V] is made. Padding may be -1, no index.
   safe_targets = jnp.where(target_mask, targets, 0)
   label = jnp.take_along_axis(log_probs, safe_targets[..., None], axis=-1)
   label = label[..., 0]  # [B, U1]
   others = jnp.sum(log_probs, axis=-1) - label
   cross_entropy = -(on * label + off * others)
+  # A constant without a gradient: with it the best possible loss is 0.
   entropy = -(_xlogx(on) + (vocab_size - 1) * _xlogx(off))
   return jnp.sum(jnp.where(target_mask, cross_entropy - entropy, 0.0), axis=-1)
 
 
 def _xlogx(x: float) -> Array:
+  # 0 at 0, which is what a smoothing of 0 needs.
   return jax.scipy.special.xlogy(x, x)
 
 

@@ -47,10 +47,12 @@ def chunk_mask(
   Returns:
     The mask, query frames in rows.
   """
+  # Both numbers may be traced: training draws them in every step, and a new
+  # chunk size must not be a new program. At least 1, to divide by.
   chunk_size = jnp.asarray(chunk_size)
   chunk_size = jnp.where(chunk_size <= 0, max(size, 1), chunk_size)
   chunk = jnp.arange(size) // chunk_size  # [T]
-  query, key = chunk[:, None], chunk[None, :]
+  query, key = chunk[:, None], chunk[None, :]  # [T, 1], [1, T]
   left = jnp.asarray(left_chunks)
   return (key <= query) & ((left < 0) | (key >= query - left))
 
@@ -85,6 +87,8 @@ def draw_chunk(
   full, chunk = chunk_of_draw(
     draw, num_frames, max_chunk=MAX_CHUNK_INPUT_FRAMES // rate
   )
+  # A range must not be empty, and what is not needed is drawn all the same:
+  # inside a program nobody knows `full`.
   num_left = jnp.maximum((num_frames - 1) // chunk, 1)
   left = jax.random.randint(left_key, (), 0, num_left)
   unlimited = jnp.full((), -1, jnp.int32)
@@ -93,7 +97,9 @@ def draw_chunk(
   return jnp.where(full, unlimited, chunk), jnp.where(full, unlimited, left)
 
 
-def chunk_of_draw(draw, num_frames, *, max_chunk: int):
+def chunk_of_draw(
+  draw: int | Array, num_frames: int | Array, *, max_chunk: int
+):
   """Turns r, uniform in {1..L-1}, into (full context?, chunk size).
 
   Works on ints and arrays.

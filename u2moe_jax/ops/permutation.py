@@ -39,8 +39,10 @@ def rank_in_expert(
   The rank of a padded token's pairs means nothing.
   """
   pair_expert = plan.expert_index.reshape(-1)  # [S * J]
+  # Padded tokens have index E, of which one-hot makes zeros: they count for no
+  # expert and move nobody's rank.
   chosen = jax.nn.one_hot(pair_expert, plan.num_experts, dtype=jnp.int32)
-  seen = jnp.cumsum(chosen, axis=0)
+  seen = jnp.cumsum(chosen, axis=0)  # [S * J, E], this pair included
   rank = jnp.sum((seen - 1) * chosen, axis=-1)
   return rank.reshape(plan.expert_index.shape), seen[-1]
 
@@ -49,6 +51,7 @@ def rank_in_expert(
 def make_slots(position: Int[Array, 'S J'], num_rows: Size) -> Slots:
   """Inverts `position`, which is `num_rows` for a pair without a row."""
   num_tokens, num_kept = position.shape
+  # The token of each pair: [S * J], the order of a flattened `position`.
   token = jnp.arange(num_tokens * num_kept, dtype=jnp.int32) // num_kept
   # One row more collects the pairs without a row.
   source = jnp.full((num_rows + 1,), num_tokens, jnp.int32)
@@ -67,13 +70,14 @@ def dispatch(x: Float[Array, 'S D'], slots: Slots) -> Float[Array, 'R D']:
   return _take(x, slots.source)
 
 
-def _dispatch_forward(x, slots):
+def _dispatch_forward(x: Array, slots: Slots) -> tuple[Array, Slots]:
   return dispatch(x, slots), slots
 
 
-def _dispatch_backward(slots, d_rows):
+def _dispatch_backward(slots: Slots, d_rows: Float[Array, 'R D']):
   # One gather for each of the few J, not an array of [S, J, D] and its sum.
   kept = range(slots.position.shape[1])
+  # The slots are integers, which have no gradient.
   return sum(_take(d_rows, slots.position[:, j]) for j in kept), None
 
 
@@ -92,18 +96,21 @@ def combine(
   )
 
 
-def _combine_forward(rows, weight, slots):
+def _combine_forward(rows: Array, weight: Array, slots: Slots):
   return combine(rows, weight, slots), (rows, weight, slots)
 
 
-def _combine_backward(residuals, d_output):
+def _combine_backward(
+  residuals: tuple[Array, Array, Slots], d_output: Float[Array, 'S D']
+):
   rows, weight, slots = residuals
+  # By the rows and not by the output: a weight of 0 has a gradient too.
   d_weight = [
     jnp.sum(d_output * _take(rows, slots.position[:, j]), axis=-1)
     for j in range(weight.shape[1])
   ]
   # The weight of each row: a row belongs to one pair at most.
-  row_weight = jnp.zeros(rows.shape[0] + 1, rows.dtype)
+  row_weight = jnp.zeros(rows.shape[0] + 1, rows.dtype)  # [R + 1]
   row_weight = row_weight.at[slots.position.reshape(-1)].set(
     weight.reshape(-1).astype(rows.dtype)
   )[:-1]

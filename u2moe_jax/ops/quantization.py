@@ -24,6 +24,7 @@ from u2moe_jax.array_types import Float
 from u2moe_jax.array_types import Int8
 from u2moe_jax.array_types import typechecked
 
+# Not -128: in a symmetric range zero stays zero without an offset.
 _LARGEST = 127
 # A row of zeros is divided by something all the same.
 _SMALLEST_VALUE = np.float32(1e-12)
@@ -60,6 +61,7 @@ def quantize(kernel: np.ndarray, *, inputs: tuple[int, ...]) -> Int8Matrix:
     inputs: which of its axes are summed over in a product.
   """
   kernel = np.asarray(kernel, np.float32)
+  # All inputs of an output share a scale, so it can be taken out of the sum.
   largest = np.abs(kernel).max(axis=inputs, keepdims=True)
   scale = np.maximum(largest, _SMALLEST_VALUE) / np.float32(_LARGEST)
   values = np.round(kernel / scale).astype(np.int8)
@@ -83,11 +85,14 @@ def tensordot(
   batch = x.shape[: x.ndim - contract]
   num_inputs = math.prod(x.shape[x.ndim - contract :])
   rows, scale = _quantize_along(x.reshape(-1, num_inputs), axis=1)
+  # The type of a product is that of its operands if not asked for otherwise,
+  # and a sum in 8 bits would overflow.
   total = jax.lax.dot(
     rows,
     kernel.values.reshape(num_inputs, -1),
     preferred_element_type=jnp.int32,
   )
+  # [rows, outputs], by a scale for each row and one for each output.
   product = total.astype(scale.dtype) * scale * kernel.scale.reshape(1, -1)
   outputs = kernel.values.shape[contract:]
   return product.astype(x.dtype).reshape(*batch, *outputs)
@@ -107,6 +112,8 @@ def matmul(
 
 def _quantize_along(x: Array, *, axis: int) -> tuple[Array, Array]:
   """Values in 8 bits and, for each sum over an axis, their scale."""
+  # Each row by its own largest value: what a frame gives must not depend on
+  # the other frames of its batch.
   x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   largest = jnp.max(jnp.abs(x), axis=axis, keepdims=True)
   scale = jnp.maximum(largest, _SMALLEST_VALUE) / _LARGEST

@@ -81,9 +81,10 @@ def route(
   if router_type == 'topk_softmax':
     weight = jax.nn.softmax(kept, axis=-1)
   else:
-    normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)  # [S, 1]
     weight = jnp.exp(kept - normaliser)
   valid = mask[:, None]
+  # E is nobody: one-hot makes zeros of it, and it sorts behind all experts.
   return Routing(
     expert_index=jnp.where(valid, index, num_experts),
     weight=jnp.where(valid, weight, 0.0),
@@ -102,7 +103,7 @@ def _top_k(logits: Array, count: int) -> tuple[Array, Array]:
   experts = jnp.arange(logits.shape[-1])[None]
   for _ in range(count):
     best = jnp.argmax(left, axis=-1)  # the first one of equals
-    is_best = experts == best[:, None]
+    is_best = experts == best[:, None]  # [S, E]
     kept.append(jnp.sum(jnp.where(is_best, logits, 0.0), axis=-1))
     index.append(best)
     left = jnp.where(is_best, -jnp.inf, left)
@@ -125,21 +126,25 @@ def routing_stats(
     num_dropped: pairs that found no capacity.
     expert_parts: over how many devices the experts are split, in order.
   """
+  # At least 1: a batch may be nothing but padding.
   num_tokens = jnp.maximum(jnp.sum(plan.mask), 1)
   num_pairs = num_tokens * plan.weight.shape[1]
   chosen = jax.nn.one_hot(plan.expert_index, plan.num_experts)  # [S, J, E]
   load = jnp.sum(chosen, axis=(0, 1)) / num_pairs
+  # The experts of a device stand next to each other.
   device_load = jnp.sum(load.reshape(expert_parts, -1), axis=1)
+  # Not the logarithm of `probs`, which is -inf where one of them underflows.
   log_probs = jax.nn.log_softmax(logits, axis=-1)
   probs = jnp.exp(log_probs)
 
-  def mean(x):  # over valid tokens
+  def mean(x: Array) -> Array:  # over valid tokens
     keep = plan.mask.reshape(plan.mask.shape + (1,) * (x.ndim - 1))
     return jnp.sum(jnp.where(keep, x, 0.0), axis=0) / num_tokens
 
   return RoutingStats(
     load=load,
     entropy=mean(-jnp.sum(probs * log_probs, axis=-1)),
+    # The load is a count and has no gradient; the probabilities have one.
     balance_loss=plan.num_experts
     * jnp.sum(jax.lax.stop_gradient(load) * mean(probs)),
     z_loss=mean(jax.nn.logsumexp(logits, axis=-1) ** 2),

@@ -6,6 +6,7 @@ from u2moe_jax.array_types import Array
 from u2moe_jax.array_types import Int
 from u2moe_jax.array_types import typechecked
 
+# No token has it, so `targets >= 0` says what is real.
 PADDING = -1
 
 
@@ -31,8 +32,9 @@ def add_sos_eos(
   """
   positions = jnp.arange(labels.shape[1] + 1)[None]
   column = lengths[:, None]
-  before = jnp.pad(labels, ((0, 0), (1, 0)), constant_values=sos)
-  after = jnp.pad(labels, ((0, 0), (0, 1)))
+  before = jnp.pad(labels, ((0, 0), (1, 0)), constant_values=sos)  # [B, U1]
+  after = jnp.pad(labels, ((0, 0), (0, 1)))  # [B, U1]
+  # Up to the length itself: with sos there is one input more than labels.
   inputs = jnp.where(positions <= column, before, eos)
   ending = jnp.where(positions == column, eos, PADDING)
   return inputs, jnp.where(positions < column, after, ending)
@@ -46,6 +48,7 @@ def reverse_by_length(
   size = labels.shape[1]
   positions = jnp.arange(size)[None]
   column = lengths[:, None]
+  # Behind the labels places would be negative; what is read there is masked.
   places = jnp.clip(column - 1 - positions, 0, max(size - 1, 0))
   turned = jnp.take_along_axis(labels, places, axis=1)
   return jnp.where(positions < column, turned, PADDING)

@@ -6,6 +6,7 @@ runs, as far as that is known when compiling; here what stands in a loop counts
 that often. All figures are of one device.
 """
 
+from collections.abc import Callable
 from collections.abc import Mapping
 import dataclasses
 import math
@@ -40,6 +41,9 @@ COLLECTIVES = (
   'collective-permute',
   'collective-broadcast',
 )
+# `ENTRY %main.5 (x.1: f32[2,4]) -> f32[2] {` begins a computation, a line such
+# as `  ROOT %dot.3 = f32[2]{0} dot(%a, %b), lhs_contracting_dims={1}` is an
+# instruction in it, and `}` at the margin ends it.
 _HEAD = re.compile(r'(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{\s*$')
 _LINE = re.compile(r'\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)$')
 _ARRAY = re.compile(
@@ -151,6 +155,7 @@ def read(text: str) -> Cost:
   computations, entry = _parse(text)
   if not entry:
     raise ValueError('no compiled program: there is no ENTRY computation')
+  # A computation may be called from many places; its text is read once.
   known: dict[str, Cost] = {}
 
   def cost_of(name: str) -> Cost:
@@ -208,9 +213,14 @@ def _closing(text: str, start: int) -> int:
   return len(text)
 
 
-def _cost(line: _Instruction, lines, cost_of) -> Cost:
+def _cost(
+  line: _Instruction,
+  lines: Mapping[str, _Instruction],
+  cost_of: Callable[[str], Cost],
+) -> Cost:
   if line.operation == 'while':
     body, condition = _BODY.search(line.text), _CONDITION.search(line.text)
+    # A scan tells its rounds; a loop over blocks in use cannot.
     trips = _TRIPS.search(line.text)
     inside = cost_of(body[1]) if body else Cost()
     inside += cost_of(condition[1]) if condition else Cost()
@@ -221,8 +231,11 @@ def _cost(line: _Instruction, lines, cost_of) -> Cost:
     names = _CALLED.findall(line.text)
     for branches in _BRANCHES.findall(line.text):
       names += _NAME.findall(branches)
+    # Only one branch is taken, and nobody knows which: the dearest.
     costs = [cost_of(name) for name in names]
     return max(costs, key=lambda cost: cost.flops, default=Cost())
+  # What goes on beside the computation has a start, which is counted, and a
+  # `-done`, which is not.
   kind = line.operation.removesuffix('-start')
   if kind in COLLECTIVES and not _is_alone(line):
     return Cost(collectives={kind: _traffic(line, lines)})
@@ -230,6 +243,7 @@ def _cost(line: _Instruction, lines, cost_of) -> Cost:
     return Cost(flops=_dot(line, lines))
   if line.operation == 'convolution':
     return Cost(flops=_convolution(line, lines))
+  # Reductions and sorts also name a computation, of single elements.
   called = [
     name
     for name in _CALLED.findall(line.text)
@@ -247,7 +261,7 @@ def _is_alone(line: _Instruction) -> bool:
   return size == '1' if size else bool(first) and ',' not in first
 
 
-def _traffic(line: _Instruction, lines) -> Traffic:
+def _traffic(line: _Instruction, lines: Mapping[str, _Instruction]) -> Traffic:
   incoming = sum(lines[name].bytes for name in line.operands if name in lines)
   outgoing = line.bytes
   if line.operation.endswith('-start'):
@@ -255,11 +269,11 @@ def _traffic(line: _Instruction, lines) -> Traffic:
   return Traffic(1.0, float(max(incoming, outgoing)))
 
 
-def _shape(name: str, lines) -> tuple[int, ...]:
+def _shape(name: str, lines: Mapping[str, _Instruction]) -> tuple[int, ...]:
   return lines[name].arrays[0][1] if name in lines else ()
 
 
-def _dot(line: _Instruction, lines) -> float:
+def _dot(line: _Instruction, lines: Mapping[str, _Instruction]) -> float:
   contracted = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', line.text)
   left = _shape(line.operands[0], lines)
   dims = [int(d) for d in contracted[1].split(',') if d] if contracted else []
@@ -267,7 +281,11 @@ def _dot(line: _Instruction, lines) -> float:
   return 2.0 * math.prod(line.arrays[0][1]) * depth
 
 
-def _convolution(line: _Instruction, lines) -> float:
+def _convolution(
+  line: _Instruction, lines: Mapping[str, _Instruction]
+) -> float:
+  # In `b01f_01io->b01f` the kernel has space, inputs i and outputs o. Each
+  # output element sums over all of the kernel but o.
   labels = re.search(r'dim_labels=\w+_(\w+)->', line.text)
   kernel = _shape(line.operands[1], lines)
   if labels is None or len(labels[1]) != len(kernel):

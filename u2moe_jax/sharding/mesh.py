@@ -53,6 +53,7 @@ def _fitting(num_devices: int) -> str:
     for shape in itertools.product(divisors, repeat=4)
     if math.prod(shape) == num_devices
   ]
+  # The last ones are those with the most on `data`.
   shown = ', '.join('x'.join(map(str, shape)) for shape in shapes[-12:])
   return shown + (f' and {len(shapes) - 12} more' if len(shapes) > 12 else '')
 
@@ -66,6 +67,7 @@ def make_mesh(
     MeshError: if the shape does not fit the devices.
   """
   devices = list(jax.devices() if devices is None else devices)
+  # The fields of a mesh config are in the order of the axes.
   shape = dataclasses.astuple(resolve(config, len(devices)))
   auto = (jax.sharding.AxisType.Auto,) * len(shape)
   return jax.make_mesh(shape, axes.MESH_AXES, axis_types=auto, devices=devices)

@@ -52,10 +52,18 @@ def misfit(
     nn.meta.unbox(boxed),
     specs,
   )
+  # None is no leaf of a tree, so what is left are the misfits.
   return next(iter(jax.tree.leaves(found)), None)
 
 
-def _misfit(path: Any, shape, spec, sizes, rules) -> str | None:
+def _misfit(
+  path: Any,
+  shape: tuple[int, ...],
+  spec: jax.sharding.PartitionSpec,
+  sizes: Mapping[str, int],
+  rules: rules_lib.Rules,
+) -> str | None:
+  # A spec may be shorter than the shape; the axes it leaves out are not split.
   for dimension, logical in zip(shape, spec, strict=False):
     if logical is None:
       continue
@@ -79,6 +87,7 @@ def batch_sharding(
   mesh: jax.sharding.Mesh, rules: rules_lib.Rules
 ) -> jax.sharding.NamedSharding:
   """The first axis over whatever the table gives the batch."""
+  # One entry serves fields of any rank: later axes are not split.
   spec = jax.sharding.PartitionSpec(dict(rules)[axes.BATCH])
   return jax.sharding.NamedSharding(mesh, spec)
 
@@ -98,6 +107,7 @@ def shard_batch(batch: PyTree, sharding: jax.sharding.NamedSharding) -> PyTree:
   names = sharding.spec[0] or ()
   names = (names,) if isinstance(names, str) else names
   parts = math.prod(sharding.mesh.shape[name] for name in names)
+  # One field is enough: all of them have B rows.
   for leaf in jax.tree.leaves(batch)[:1]:
     rows = leaf.shape[0] * jax.process_count()
     if rows % parts:

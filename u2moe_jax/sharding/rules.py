@@ -6,10 +6,14 @@ from u2moe_jax.sharding import axes
 
 Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 
-# An axis of size 1 splits nothing, so one table serves every mesh.
+# An axis of size 1 splits nothing, so one table serves every mesh. Three axes
+# split the batch: a device that holds a part of the parameters, or some of the
+# experts, has utterances of its own.
 STANDARD: Rules = (
   (axes.BATCH, ('data', 'fsdp', 'expert')),
   (axes.LENGTH, None),
+  # The same width twice: `fsdp` splits it in parameters, which are gathered
+  # before they are used, and never in activations.
   (axes.ACTIVATION_EMBED, None),
   (axes.EMBED, 'fsdp'),
   (axes.HEADS, 'tensor'),
@@ -17,6 +21,7 @@ STANDARD: Rules = (
   (axes.MLP, 'tensor'),
   (axes.VOCAB, 'tensor'),
   (axes.EXPERT, 'expert'),
+  # A device chooses among all experts for its own tokens.
   (axes.ROUTER, None),
   (axes.LAYERS, None),
   (axes.CONV, None),

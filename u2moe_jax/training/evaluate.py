@@ -71,11 +71,14 @@ def evaluate(
     ]
   errors = scoring.corpus_errors(pairs)
   values = metrics_lib.compute(total or {})
+  # Loads of experts are arrays; they are watched in training.
   losses = {k: float(v) for k, v in values.items() if np.ndim(v) == 0}
   return Evaluation(losses=losses, wer=errors.rate, errors=errors)
 
 
-def _collapse(ids, mask, blank_id) -> list[list[int]]:
+def _collapse(
+  ids: jax.Array, mask: jax.Array, blank_id: int
+) -> list[list[int]]:
   tokens, lengths, _ = jax.jit(ctc.collapse, static_argnames='blank_id')(
     ids, mask, blank_id=blank_id
   )

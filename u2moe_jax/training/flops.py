@@ -57,10 +57,14 @@ def _of_equation(equation: Any) -> float:
     return 2.0 * _size(equation.outvars[0]) * depth
   if name == 'conv_general_dilated':
     kernel = equation.invars[1].aval.shape
+    # The first entry of `rhs_spec` is the kernel's axis of outputs; an output
+    # element sums over all the others.
     outputs = kernel[params['dimension_numbers'].rhs_spec[0]]
     return 2.0 * _size(equation.outvars[0]) * math.prod(kernel) / outputs
+  # Each row meets the matrix of its own group only.
   if name in ('ragged_dot', 'ragged_dot_general'):
     return 2.0 * _size(equation.outvars[0]) * equation.invars[0].aval.shape[-1]
+  # One branch runs, nobody knows which: the dearest.
   if name == 'cond':
     return max(count(branch) for branch in params['branches'])
   rounds = params['length'] if name == 'scan' else 1

@@ -70,6 +70,8 @@ class IdleExperts:
 
   def _newly_idle(self, step: int, layer: str, load: Any) -> np.ndarray:
     load = np.asarray(load)
+    # Both arrays are changed where they lie. NaN is not 0 either, so numbers
+    # that are none count as use.
     last = self._last_used.setdefault(layer, np.full(load.shape, self._start))
     told = self._told.setdefault(layer, np.zeros(load.shape, bool))
     used = load != 0

@@ -14,6 +14,7 @@ def append(
 ) -> None:
   """Adds records, whole lines at a time."""
   lines = [json.dumps(each, ensure_ascii=False) + '\n' for each in records]
+  # In one write: whoever is killed here leaves at most one torn line, the last.
   with pathlib.Path(path).open('a', encoding='utf-8') as file:
     file.write(''.join(lines))
 
@@ -35,6 +36,7 @@ def read(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
   path = pathlib.Path(path)
   if not path.is_file():
     return
+  # Bytes, because a torn line need not be UTF-8; that too is a ValueError.
   with path.open('rb') as file:
     for line in file:
       try:

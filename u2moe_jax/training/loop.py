@@ -185,6 +185,7 @@ class Trainer:
     reporter = reporter_lib.Reporter(
       self.workdir, start=step, total=self.config.train.num_steps
     )
+    # Of a run that was killed in the middle of a line.
     json_lines.forget_torn_line(self._own_path('keys.jsonl'))
     profiler = profiling.Profiler(self.workdir, self.options.profile_steps)
     context = stop or stopping.StopRequest()
@@ -242,6 +243,7 @@ class Trainer:
       if step == 1 or step % config.log_every == 0:
         self._log(step, reporter)
       if self._is_save(step):
+        # Its results belong to the counters that are saved with it.
         self._take_pending()
         before = time.monotonic()
         self._save(step, wer=self._evaluate(step, reporter))
@@ -277,6 +279,8 @@ class Trainer:
     self._window.waited += time.monotonic() - before
     self._rows.seconds += host.seconds
     self._rows.skipped += host.skipped
+    # With several hosts this is a message among them, too dear for each step:
+    # they share when a line is logged and when a step is saved.
     if jax.process_count() == 1:
       self._share_rows()
     if self.options.log_keys:
@@ -289,6 +293,8 @@ class Trainer:
       self._window.num_flops += self.num_flops(shape)
     with _explained(shape):
       self.state, metrics = self.train_step(self.state, batch)
+    # Dispatched is not done. To fetch these results now would leave the device
+    # idle until the next step comes; those of the step before are there soon.
     previous = self._pending
     self._pending = _Dispatched(step, host.keys, shape, metrics)
     if previous is not None:
@@ -328,6 +334,7 @@ class Trainer:
     self.counters.skipped_updates += 1
     self._nonfinite.append(dispatched)
     config = self.config.train
+    # Updates that are not skipped have spoiled the parameters with the first.
     most = config.max_nonfinite if config.skip_nonfinite else 1
     if most and len(self._nonfinite) >= most:
       self._give_up()
@@ -351,6 +358,7 @@ class Trainer:
   def _log(self, step: int, reporter: reporter_lib.Reporter) -> None:
     self._take_pending()
     self._share_rows()
+    # Saves run in the background: a full disk shows here, not at the end.
     self.store.check()
     window, self._window = self._window, _Window()
     spent = time.monotonic() - window.begun
@@ -409,6 +417,7 @@ class Trainer:
 
 
 def _is_nonfinite(metrics: step_lib.Metrics) -> bool:
+  # A skipped step has a loss of 0 with a count of 0, so the loss cannot tell.
   if 'skipped' in metrics and float(metrics['skipped'].total) > 0:
     return True
   return not np.isfinite(float(metrics['loss'].total))
@@ -420,6 +429,7 @@ def _explained(shape: programs_lib.Shape | None) -> Iterator[None]:
   try:
     yield
   except jax.errors.JaxRuntimeError as error:
+    # Without operations to count nobody has noted the shape.
     if shape is None:
       raise
     raise memory.explain(error, 'train', shape) from error

@@ -54,6 +54,7 @@ def explain(
 ) -> Exception:
   """The error of a step; one that says what to lower, if memory ran out."""
   text = str(error)
+  # JAX has one class for all errors of a device; only the words differ.
   if 'RESOURCE_EXHAUSTED' not in text and 'Out of memory' not in text:
     return error
   line = text.strip().splitlines()[0]

@@ -6,6 +6,7 @@ parameters and the number of updates, which the correction of the bias needs.
 
 from collections.abc import Collection
 from collections.abc import Mapping
+from typing import Any
 
 from flax import traverse_util
 import jax
@@ -38,7 +39,7 @@ def put(opt_state: PyTree, moments: PyTree, kept: Collection[str]) -> PyTree:
     kept: paths of the parameters whose moments are replaced.
   """
 
-  def is_adam(node) -> bool:
+  def is_adam(node: Any) -> bool:
     return isinstance(node, optax.ScaleByAdamState)
 
   def merged(old: PyTree, new: PyTree) -> PyTree:
@@ -47,7 +48,9 @@ def put(opt_state: PyTree, moments: PyTree, kept: Collection[str]) -> PyTree:
     chosen = {path: ours[path] for path in flat.keys() & set(kept)}
     return traverse_util.unflatten_dict(flat | chosen, sep='/')
 
-  def replace(node):
+  # The state is a chain of tuples whose form hangs on the config; Adam's part
+  # is found by its class.
+  def replace(node: Any) -> Any:
     if not is_adam(node):
       return node
     new = {name: merged(getattr(node, name), moments[name]) for name in NAMES}

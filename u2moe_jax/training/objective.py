@@ -94,8 +94,10 @@ def compute_objective(
     backward.inputs,
     chunk_size=chunk_size,
     left_chunks=left_chunks,
+    # The one switch: dropout, batch-norm updates and capacity hang on it.
     rngs=None if dropout_key is None else {'dropout': dropout_key},
   )
+  # The global batch: under jit these are sums over all devices.
   real = batch.weights > 0
   count = jnp.maximum(jnp.sum(batch.weights), 1.0)
   parts = {'loss_ctc': _ctc(outputs, batch, model.config.blank_id)}
@@ -108,6 +110,7 @@ def compute_objective(
   # An empty row has a loss too (of garbage); it must not count.
   sums = {k: jnp.sum(jnp.where(real, v, 0.0)) for k, v in parts.items()}
   divisors = dict.fromkeys(sums, count)
+  # CTC stays a mean over utterances, as in the reference.
   if config.length_normalized:
     num_tokens = jnp.maximum(jnp.sum(forward.mask), 1)
     divisors |= {'loss_l2r': num_tokens, 'loss_r2l': num_tokens}
@@ -116,6 +119,7 @@ def compute_objective(
   results |= {k: metrics.Mean.of(v, divisors[k]) for k, v in sums.items()}
   results |= router_metrics
   total = loss + router_loss
+  # Weighed by utterances, as its parts are: batches have different numbers.
   results['loss'] = metrics.Mean.of(total * count, count)
   return Objective(loss=total, metrics=results, outputs=outputs)
 
@@ -149,10 +153,11 @@ def decoder_batches(
 ) -> tuple[DecoderBatch, DecoderBatch]:
   """Teacher-forcing inputs and targets, left-to-right and right-to-left."""
 
-  def direction(labels):
+  def direction(labels: Int[Array, 'B U']) -> DecoderBatch:
     tokens, targets = sequences.add_sos_eos(
       labels, batch.label_lengths, sos=config.sos, eos=config.eos
     )
+    # Of the targets, because inputs are padded with eos, a token.
     mask = targets >= 0
     # The padded tail of a real row is masked; so is all of an empty row.
     mask = mask & (batch.weights > 0)[:, None]
@@ -181,7 +186,11 @@ def _ctc(outputs: u2.Outputs, batch: Batch, blank_id: int) -> Array:
   )
 
 
-def _attention(scores, direction, config):
+def _attention(
+  scores: u2.DecoderScores,
+  direction: DecoderBatch,
+  config: config_lib.TrainConfig,
+) -> tuple[Array, Array]:
   log_probs = jax.nn.log_softmax(scores.logits)
   loss = losses.label_smoothed_kl(
     log_probs,
@@ -207,7 +216,9 @@ def moe_layers(outputs: u2.Outputs) -> dict[str, moe.MoeStats]:
   }
 
 
-def _router_terms(outputs, config):
+def _router_terms(
+  outputs: u2.Outputs, config: config_lib.TrainConfig
+) -> tuple[Array | float, dict[str, metrics.Mean]]:
   """Weighted router losses, and the statistics every step reports."""
   layers = moe_layers(outputs)
   results: dict[str, metrics.Mean] = {}
@@ -217,7 +228,9 @@ def _router_terms(outputs, config):
     results[f'load/{name}'] = metrics.Mean.of(stats.summary.load)
     results[f'entropy/{name}'] = metrics.Mean.of(stats.summary.entropy)
 
-  def mean_over_layers(field):
+  # Each layer name has as many values as blocks, and every block counts alike:
+  # the weight of a loss does not hang on the depth.
+  def mean_over_layers(field: str) -> Array:
     values = [getattr(s.summary, field) for s in layers.values()]
     return jnp.mean(jnp.concatenate(values))
 
@@ -242,6 +255,7 @@ def draw_training_chunk(
     return jnp.full((), size, jnp.int32), unlimited
   geometry = subsampling.geometry(config.subsampling)
   lengths = geometry.output_length(batch.feature_lengths)
+  # Buckets pad to fixed shapes; the draw must hang on what is spoken alone.
   return masks.draw_chunk(
     key,
     num_frames=jnp.max(lengths),

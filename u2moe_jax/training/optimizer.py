@@ -1,5 +1,6 @@
 """Learning-rate schedule and optax chain from the optimizer config."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,22 +30,23 @@ def make_schedule(
   peak, warmup = config.learning_rate, config.warmup_steps
   num_updates = num_steps // config.accumulate
 
-  def ramp(step):
+  # Updates are counted from 0: one is added so that the first one moves.
+  def ramp(step: jax.typing.ArrayLike) -> jax.Array:
     return jnp.minimum(1.0, (step + 1) / max(warmup, 1))
 
-  def inverse_sqrt(step):
+  def inverse_sqrt(step: jax.typing.ArrayLike) -> jax.Array:
     t = step + 1
     if not warmup:
       return peak / jnp.sqrt(t)
     return peak * jnp.minimum(jnp.sqrt(warmup / t), t / warmup)
 
-  def cosine(step):
+  def cosine(step: jax.typing.ArrayLike) -> jax.Array:
     progress = (step - warmup) / max(num_updates - warmup, 1)
     wave = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
     share = config.final_rate_share
     return peak * ramp(step) * (share + (1 - share) * wave)
 
-  def constant(step):
+  def constant(step: jax.typing.ArrayLike) -> jax.Array:
     return peak * ramp(step)
 
   return {
@@ -57,7 +59,8 @@ def make_schedule(
 def decay_mask(params: PyTree) -> PyTree:
   """True for matrices; biases, norms and position scores do not decay."""
 
-  def decays(path, _):
+  # By the start of the name, for `kernel_0` and the like.
+  def decays(path: Sequence[Any], _: Any) -> bool:
     names = [str(getattr(entry, 'key', '')) for entry in path]
     return bool(names) and names[-1].startswith(_DECAYED)
 
@@ -104,7 +107,8 @@ def make_optimizer(
     ),
   )
   if freeze_steps:
-    # Decay moves parameters that have no gradient.
+    # Decay moves parameters that have no gradient. What stands behind an
+    # accumulation is called once an update, so calls are counted as such.
     gate = transforms.gate(mask, freeze_steps // config.accumulate)
     chain = optax.chain(chain, gate)
   if config.ema_decay:
@@ -133,7 +137,7 @@ def swap_average(params: PyTree, opt_state: PyTree) -> tuple[PyTree, PyTree]:
   def is_average(node: Any) -> bool:
     return isinstance(node, transforms.EmaState)
 
-  def swap(node):
+  def swap(node: Any) -> Any:
     if not is_average(node):
       return node
     averages.append(node.ema)

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 import fnmatch
 import math
+from typing import Any
 
 import jax
 
@@ -39,7 +41,8 @@ def paths(tree: PyTree) -> dict[str, jax.ShapeDtypeStruct]:
   return {_path(entries): leaf for entries, leaf in leaves}
 
 
-def _path(entries) -> str:
+def _path(entries: Sequence[Any]) -> str:
+  # The entry of a box is an attribute, which has no key.
   keys = [getattr(entry, 'key', None) for entry in entries]
   return '/'.join(key for key in keys if isinstance(key, str))
 
@@ -61,6 +64,7 @@ def selector(spec: str) -> Callable[[str], bool]:
     names.insert(0, 'all')
 
   def is_chosen(path: str) -> bool:
+    # The last name that matches decides.
     chosen = False
     for name in names:
       if matches(path, name.removeprefix('-')):

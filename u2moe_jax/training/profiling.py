@@ -32,6 +32,7 @@ class Profiler:
       metrics: its results, which are waited for.
     """
     if self._running and self._steps and step >= self._steps[1]:
+      # Steps are dispatched ahead: else the trace would end before they run.
       jax.block_until_ready(metrics)
       self.close()
 

@@ -128,6 +128,7 @@ class Programs:
       return Program(
         name=self.name,
         shape=shape,
+        # It refuses other shapes, where a jitted function compiles again.
         call=compiled,
         seconds=time.monotonic() - begun,
         memory_bytes=_memory(compiled),
@@ -137,9 +138,10 @@ class Programs:
     return compile_lowered
 
   def _batch(self, shape: Shape) -> objective.Batch:
-    def array(dtype, *dimensions):
+    def array(dtype: Any, *dimensions: int) -> jax.ShapeDtypeStruct:
       return jax.ShapeDtypeStruct(dimensions, dtype, sharding=self._sharding)
 
+    # In the types that the data side gives: a program takes no others.
     rows, frames, tokens = shape.rows, shape.frames, shape.tokens
     return objective.Batch(
       features=array(jnp.float32, rows, frames, self._num_bins),
@@ -161,6 +163,7 @@ def _memory(compiled: Any) -> int | None:
   stats = compiled.memory_analysis()
   if stats is None:
     return None
+  # Donated arguments are results as well; they take their bytes once.
   return int(
     stats.argument_size_in_bytes
     + stats.output_size_in_bytes
@@ -182,11 +185,13 @@ def compile_all(
   Yields:
     Each program once it is compiled.
   """
+  # The largest first, so that what does not fit is found at once.
   ordered = sorted(planned, key=lambda pair: -pair[1].size)
   waiting: list[tuple[Programs, futures.Future]] = []
   pool = futures.ThreadPoolExecutor(num_threads)
   try:
     for programs, shape in ordered:
+      # Traced here, compiled there: XLA lets other threads run, Python not.
       waiting.append((programs, pool.submit(programs.lower(shape))))
       while waiting and waiting[0][1].done():
         yield _take(waiting)

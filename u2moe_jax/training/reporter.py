@@ -142,7 +142,7 @@ def _plain(value: Any) -> Any:
   array = np.asarray(value, np.float64)
   if array.ndim:
     return [_plain(item) for item in array]
-  number = float(array)
+  number = float(array)  # JSON has no NaN and no infinity: they become text
   return float(f'{number:.5g}') if math.isfinite(number) else str(number)
 
 

@@ -79,6 +79,7 @@ class SkipLog:
     self._strict = strict
     self._known: set[tuple[str, str]] = set()
     self.counts: collections.Counter[str] = collections.Counter()
+    # Only the first process writes to the file, so only it mends it.
     if processes.is_first():
       json_lines.forget_torn_line(self._path)
     for record in json_lines.read(self._path):

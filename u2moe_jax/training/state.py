@@ -32,11 +32,17 @@ class TrainState:
   buffers: PyTree
 
 
-def _init(model, optimizer, buffers, key) -> TrainState:
+def _init(
+  model: u2.U2MoeModel,
+  optimizer: optax.GradientTransformation,
+  buffers: PyTree,
+  key: Key[Array, ''],
+) -> TrainState:
   params = u2.init_params(model, key)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
+    # From parameters in their boxes: moments then have the same logical axes.
     opt_state=optimizer.init(params),
     buffers=buffers,
   )
@@ -54,7 +60,11 @@ def state_shardings(
   return placement.shardings(_boxed(model, optimizer, buffers), mesh, rules)
 
 
-def _boxed(model, optimizer, buffers) -> TrainState:
+def _boxed(
+  model: u2.U2MoeModel,
+  optimizer: optax.GradientTransformation,
+  buffers: PyTree,
+) -> TrainState:
   """Shapes of the state, in boxes that carry the logical axes."""
   return jax.eval_shape(
     lambda key: _init(model, optimizer, buffers, key), jax.random.key(0)
@@ -70,6 +80,7 @@ def init_state(
   shardings: TrainState,
 ) -> TrainState:
   """Makes the first state where it belongs; nothing is born on one device."""
+  # Buffers are an argument: what a function closes over is compiled into it.
   init = jax.jit(
     lambda key, buffers: nn.meta.unbox(_init(model, optimizer, buffers, key)),
     out_shardings=shardings,

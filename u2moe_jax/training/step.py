@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from u2moe_jax import config as config_lib
+from u2moe_jax.array_types import PyTree
 from u2moe_jax.models import u2
 from u2moe_jax.sharding import placement
 from u2moe_jax.sharding import rules as rules_lib
@@ -41,9 +42,11 @@ def train_step(
   several batches make one update, only the bad batch is left out of it.
   """
   chunk_key, dropout_key = _keys(config.train.seed, state.step)
+  # One chunk size for this batch and another one for the next: that is how one
+  # model learns to work with full context and with chunks of any size (U2).
   chunk = objective.draw_training_chunk(chunk_key, batch, config.model.encoder)
 
-  def loss_function(params):
+  def loss_function(params: PyTree) -> tuple[jax.Array, objective.Objective]:
     result = objective.compute_objective(
       model,
       _without_frozen(params, config.train),
@@ -56,6 +59,7 @@ def train_step(
     return result.loss, result
 
   gradients, result = jax.grad(loss_function, has_aux=True)(state.params)
+  # What is not finite, anywhere in the gradients, shows in their norm.
   norm = optax.tree.norm(gradients)
   finite = jnp.isfinite(result.loss) & jnp.isfinite(norm)
   is_part = config.optimizer.accumulate > 1
@@ -70,13 +74,13 @@ def train_step(
     # With it, what is clipped may be a part of the gradients.
     options['norm'] = norm
 
-  def update(_):
+  def update(_: None) -> tuple[PyTree, PyTree]:
     updates, opt_state = optax.with_extra_args_support(optimizer).update(
       gradients, state.opt_state, state.params, **options
     )
     return optax.apply_updates(state.params, updates), opt_state
 
-  def hold(_):
+  def hold(_: None) -> tuple[PyTree, PyTree]:
     return state.params, state.opt_state
 
   buffers = result.outputs.encoder.buffers
@@ -96,6 +100,7 @@ def train_step(
   new_state = TrainState(
     step=state.step + 1, params=params, opt_state=opt_state, buffers=buffers
   )
+  # For the log only: the optimizer does not tell which rate it took.
   schedule = optimizer_lib.make_schedule(
     config.optimizer, num_steps=config.train.num_steps
   )
@@ -109,11 +114,11 @@ def train_step(
   return new_state, measured | extra
 
 
-def _zero_unless(finite, tree):
+def _zero_unless(finite: jax.Array, tree: PyTree) -> PyTree:
   return jax.tree.map(lambda x: jnp.where(finite, x, 0.0), tree)
 
 
-def _without_frozen(params, config: config_lib.TrainConfig):
+def _without_frozen(params: PyTree, config: config_lib.TrainConfig) -> PyTree:
   """Cuts the gradient of what never trains, so that none is computed."""
   if not config.trainable or config.freeze_steps:
     return params
@@ -125,6 +130,8 @@ def _without_frozen(params, config: config_lib.TrainConfig):
 
 
 def _keys(seed: int, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+  # A function of seed and step alone: no key is saved, and a run that continues
+  # draws what it would have drawn.
   root = jax.random.key(seed)
   chunk_key = jax.random.fold_in(jax.random.fold_in(root, _CHUNK_STREAM), step)
   dropout_key = jax.random.fold_in(
@@ -144,12 +151,14 @@ def make_train_step(
 ) -> StepFunction:
   """Jits the train step; the state is donated, metrics are replicated."""
 
-  def step(state, batch):
+  # Rules are looked up while tracing, so they are set inside.
+  def step(state: TrainState, batch: objective.Batch):
     with nn.logical_axis_rules(rules):
       return train_step(
         state, batch, model=model, optimizer=optimizer, config=config
       )
 
+  # Donated: there is no second copy of parameters and moments.
   return jax.jit(
     step,
     in_shardings=(shardings, placement.batch_sharding(mesh, rules)),
@@ -172,8 +181,8 @@ def _compiler_options(mesh: jax.sharding.Mesh) -> dict[str, str] | None:
 
 
 def eval_step(
-  params,
-  buffers,
+  params: PyTree,
+  buffers: PyTree,
   batch: objective.Batch,
   *,
   model: u2.U2MoeModel,
@@ -184,6 +193,7 @@ def eval_step(
   Returns:
     Metrics, arg-max ids (B, T) and the frame mask (B, T).
   """
+  # Without a dropout key there is no dropout, and buffers stay as they are.
   result = objective.compute_objective(
     model, params, buffers, batch, config.train
   )
@@ -201,7 +211,7 @@ def make_eval_step(
 ):
   """Jits the evaluation step; nothing is donated."""
 
-  def step(params, buffers, batch):
+  def step(params: PyTree, buffers: PyTree, batch: objective.Batch):
     with nn.logical_axis_rules(rules):
       return eval_step(params, buffers, batch, model=model, config=config)
 

@@ -50,6 +50,8 @@ class StopRequest:
     one instruction that takes a minute.
     """
     reader, writer = os.pipe()
+    # Python writes the number of each signal as one byte, and insists on an end
+    # that does not block.
     os.set_blocking(writer, False)
     self._ends = reader, writer
     self._previous_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -62,6 +64,8 @@ class StopRequest:
         continue
       seen += 1
       self.signal = self.signal or number[0]
+      # Not an exception, which would wait for Python; the code is that of a
+      # process which a signal has ended.
       if seen == 2:
         os._exit(128 + number[0])
     os.close(reader)

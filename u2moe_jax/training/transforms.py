@@ -33,7 +33,14 @@ def clip_by_global_norm(
     is known.
   """
 
-  def update(gradients, state, params=None, *, norm=None, **extra):
+  def update(
+    gradients: PyTree,
+    state: optax.OptState,
+    params: PyTree | None = None,
+    *,
+    norm: jax.Array | None = None,
+    **extra: Any,
+  ) -> tuple[PyTree, optax.OptState]:
     del params, extra
     if norm is None:
       norm = optax.tree.norm(gradients)
@@ -60,7 +67,11 @@ def scale_by_adam(
   """
   adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
 
-  def update(gradients, state, params=None):
+  def update(
+    gradients: PyTree,
+    state: optax.ScaleByAdamState,
+    params: PyTree | None = None,
+  ) -> tuple[PyTree, optax.ScaleByAdamState]:
     del params
     count = optax.safe_increment(state.count)
     mu = optax.tree.update_moment(gradients, state.mu, b1, 1)
@@ -110,7 +121,7 @@ def accumulate(
     weight 0 counts; if all of them are, nothing is updated.
   """
 
-  def init(params):
+  def init(params: PyTree) -> AccumulateState:
     return AccumulateState(
       count=jnp.zeros((), jnp.int32),
       weight=jnp.zeros((), jnp.float32),
@@ -118,20 +129,29 @@ def accumulate(
       inner=inner.init(params),
     )
 
-  def update(gradients, state, params=None, *, weight=1.0, **extra):
+  def update(
+    gradients: PyTree,
+    state: AccumulateState,
+    params: PyTree | None = None,
+    *,
+    weight: jax.Array | float = 1.0,
+    **extra: Any,
+  ) -> tuple[PyTree, AccumulateState]:
+    # A norm among them would be that of one batch.
     del extra
     total = state.weight + weight
     gathered = jax.tree.map(
       lambda held, g: held + weight * g, state.gradients, gradients
     )
 
-    def apply(_):
+    def apply(_: None) -> tuple[PyTree, PyTree]:
       mean = jax.tree.map(lambda g: g / total, gathered)
       return inner.update(mean, state.inner, params)
 
-    def hold(_):
+    def hold(_: None) -> tuple[PyTree, PyTree]:
       return jax.tree.map(jnp.zeros_like, gradients), state.inner
 
+    # A branch that is not taken costs nothing: Adam runs once an update.
     full = state.count + 1 == every
     updates, new_inner = jax.lax.cond(full & (total > 0), apply, hold, None)
     return updates, AccumulateState(
@@ -159,12 +179,14 @@ def average_parameters(decay: float) -> optax.GradientTransformation:
   what it gets for the whole update.
   """
 
-  def init(params):
+  def init(params: PyTree) -> EmaState:
     # A copy: both are donated, and no buffer may be donated twice.
     copy = jax.tree.map(jnp.copy, params)
     return EmaState(count=jnp.zeros((), jnp.int32), ema=copy)
 
-  def update(updates, state, params):
+  def update(
+    updates: PyTree, state: EmaState, params: PyTree
+  ) -> tuple[PyTree, EmaState]:
     count = state.count + 1
     held = jnp.minimum(decay, (1 + count) / (10 + count))
     new = optax.apply_updates(params, updates)
@@ -188,13 +210,19 @@ def only(
   """
   inner = optax.with_extra_args_support(inner)
 
-  def init(params):
+  def init(params: PyTree) -> optax.OptState:
     return inner.init(_prune(params, mask(params)))
 
-  def update(updates, state, params=None, **extra):
+  def update(
+    updates: PyTree,
+    state: optax.OptState,
+    params: PyTree | None = None,
+    **extra: Any,
+  ) -> tuple[PyTree, optax.OptState]:
     chosen = mask(updates)
     inside = None if params is None else _prune(params, chosen)
     new, state = inner.update(_prune(updates, chosen), state, inside, **extra)
+    # The others get updates of zero.
     return graft(jax.tree.map(jnp.zeros_like, updates), new), state
 
   return optax.GradientTransformationExtraArgs(init, update)
@@ -209,6 +237,7 @@ def _prune(tree: PyTree, mask: PyTree) -> PyTree:
 
 
 def _flat_mask(mask: PyTree) -> dict[Any, bool]:
+  # A leaf of parameters in their boxes is a box with one boolean in it.
   flat = traverse_util.flatten_dict(mask)
   return {path: any(jax.tree.leaves(leaf)) for path, leaf in flat.items()}
 
@@ -235,12 +264,15 @@ def gate(
     num_calls: calls after which everything passes.
   """
 
-  def init(params):
+  def init(params: PyTree) -> GateState:
     del params
     return GateState(jnp.zeros((), jnp.int32))
 
-  def update(updates, state, params=None):
+  def update(
+    updates: PyTree, state: GateState, params: PyTree | None = None
+  ) -> tuple[PyTree, GateState]:
     del params
+    # Traced, so that opening compiles nothing.
     is_open = state.count >= num_calls
     passed = jax.tree.map(
       lambda x, always: x if always else jnp.where(is_open, x, 0.0),

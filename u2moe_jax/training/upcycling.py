@@ -181,6 +181,7 @@ def _layers(model: config_lib.ModelConfig, pattern: str) -> list[str]:
 def _kinds(model: config_lib.ModelConfig, part: str, where: str) -> stack.Kinds:
   """What the blocks of a part would be with experts there."""
   config = getattr(model, part)
+  # Any number of experts will do: only their places are looked at.
   experts = config_lib.MoeConfig(num_experts=2, where=where)
   if part == 'decoder':
     return experts.placed(config.num_blocks, ('ffn',))
@@ -284,6 +285,7 @@ def build(
     made[path] = jax.make_array_from_callback(
       leaf.shape, leaf.sharding, maker.callback(path, leaf.shape)
     )
+    # Before the next one is read: else host arrays would pile up.
     jax.block_until_ready(made[path])
   return traverse_util.unflatten_dict(made, sep='/')
 
@@ -331,6 +333,7 @@ class _Array:
 
   def rng(self, seed: int, expert: int = 0) -> np.random.Generator:
     """Random numbers of its own."""
+    # A checksum, because `hash` of a text differs from process to process.
     name = f'{self.root}/{self.layer}/{self.name}'
     return np.random.default_rng(
       [seed, zlib.crc32(name.encode()), self.block, expert]
@@ -360,6 +363,7 @@ class _Maker:
   ) -> Callable[[Index], np.ndarray]:
     """From a part of one of the target's arrays to its values."""
     roots = [root for root in self.target if path.startswith(f'{root}/')]
+    # Outside of the stacks nothing changes.
     if not roots:
       return lambda index: self.read(path)[index]
     (root,) = roots
@@ -368,11 +372,13 @@ class _Maker:
       stack.period(self.target[root]),
       0,
     )
+    # Entry i of group g is block g + size * i (models/stack.py).
     if size > 1:
       group, _, rest = rest.partition('/')
       first = int(group.removeprefix('block_'))
     layer, _, name = rest.partition('/')
 
+    # `index` has the slices that one device holds, of the stack first.
     def make(index: Index) -> np.ndarray:
       rows = range(shape[0])[index[0]]
       arrays = (_Array(root, first + size * row, layer, name) for row in rows)
@@ -390,12 +396,14 @@ class _Maker:
       return self._read(array)[index]
     if had:
       return _average(self._read(array, _EXPERTS[array.name]))[index]
+    # A new router has no origin; its type is that of the layer it stands in.
     if array.name == _ROUTER:
       dtype = self._read(array, 'w_in/bias').dtype
       if self.zero_routers:
         return np.zeros(shape, dtype)[index]
       return _router(array, shape, self.change.seed).astype(dtype)[index]
     dense = self._read(array, _DENSE[array.name])
+    # Those that this device holds; `index` has experts first.
     experts = range(shape[0])[index[0]]
     if self.change.is_none:
       part = dense[index[1:]]
@@ -429,12 +437,14 @@ def _changed(
   if change.noise:
     noise = change.noise * dense.std() * rng.normal(size=dense.shape)
     return (dense + noise).astype(dense.dtype)
+  # The axis of the hidden units: w_in is (D, M), b_in (M,), w_out (M, D).
   axis = {'w_in': 1, 'b_in': 0, 'w_out': 0}.get(array.name)
   if axis is None:  # the output bias belongs to no hidden unit
     return dense
   # The same units in all arrays of an expert.
   units = dataclasses.replace(array, name='units').rng(change.seed, expert)
   size = dense.shape[axis]
+  # Just so many of them, not so many on average.
   dropped = units.permutation(size) < round(change.drop * size)
   fresh = rng.normal(dense.mean(), dense.std(), dense.shape)
   mask = (

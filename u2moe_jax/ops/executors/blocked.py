@@ -5,13 +5,16 @@ over the blocks in use only. The choice for CPU, where batched products with
 empty slots cost what full ones do.
 """
 
+from collections.abc import Callable
 import functools
+from typing import Any
 
 from flax import struct
 import jax
 import jax.numpy as jnp
 
 from u2moe_jax.array_types import Array
+from u2moe_jax.array_types import Float
 from u2moe_jax.array_types import Int
 from u2moe_jax.ops import grouped_matmul
 from u2moe_jax.ops import permutation
@@ -41,11 +44,18 @@ class _Blocks:
 
 
 def run(
-  x, plan, weights, *, activation, capacity_factor, block_size
+  x: Float[Array, 'S D'],
+  plan: Routing,
+  weights: grouped_matmul.ExpertWeights | grouped_matmul.SeparateWeights,
+  *,
+  activation: grouped_matmul.Activation,
+  capacity_factor: float | None,
+  block_size: int,
 ) -> grouped_matmul.Execution:
   """Sorts rows by expert and loops over blocks."""
   del capacity_factor
   if block_size == 0:
+    # By the mean, padding included: shapes are fixed before anything is routed.
     table = _SEPARATE if isinstance(weights, tuple) else _STACKED
     block_size = _choose_block_size(plan.weight.size / plan.num_experts, table)
   slots, blocks = _sort_into_blocks(plan, block_size)
@@ -55,7 +65,9 @@ def run(
   return grouped_matmul.nothing_dropped(output)
 
 
-def _choose_block_size(pairs_per_expert: float, table) -> int:
+def _choose_block_size(
+  pairs_per_expert: float, table: tuple[tuple[float, int], ...]
+) -> int:
   return next(size for most, size in table if pairs_per_expert <= most)
 
 
@@ -71,7 +83,10 @@ def _sort_into_blocks(
   blocks_per_expert = -(-counts // block_size)
   end = jnp.cumsum(blocks_per_expert)
   start = end - blocks_per_expert
+  # By the index and not by the weight, which may underflow to 0 for an expert
+  # that was kept, and has a gradient all the same.
   real = plan.expert_index < num_experts
+  # In blocks. Padded pairs borrow the last expert's; below they get no row.
   first_row = start[jnp.minimum(plan.expert_index, num_experts - 1)]
   row = first_row * block_size + rank
   position = jnp.where(real, row, num_rows).astype(jnp.int32)
@@ -89,7 +104,9 @@ def _set_block(array: Array, i: Array, value: Array) -> Array:
   )
 
 
-def _over_blocks(body, blocks: _Blocks, e: Array | int, init):
+def _over_blocks(
+  body: Callable[[Array, Any], Any], blocks: _Blocks, e: Array | int, init: Any
+):
   """Runs `body(block, carry)` over the blocks of an expert."""
   return jax.lax.fori_loop(blocks.start[e], blocks.end[e], body, init)
 
@@ -97,14 +114,21 @@ def _over_blocks(body, blocks: _Blocks, e: Array | int, init):
 # The loops run over the blocks in use, counts known only at run time, which
 # JAX cannot differentiate in reverse; hence the gradient by hand.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _run_blocks(activation, block_size, rows, weights, blocks):
-  def run_rows(expert, i, out):
-    row = _block(rows, i, block_size)
+def _run_blocks(
+  activation: grouped_matmul.Activation,
+  block_size: int,
+  rows: Float[Array, 'R D'],
+  weights: grouped_matmul.ExpertWeights | grouped_matmul.SeparateWeights,
+  blocks: _Blocks,
+):
+  def run_rows(expert: grouped_matmul.OneExpert, i: Array, out: Array):
+    row = _block(rows, i, block_size)  # [rows of a block, D]
     hidden = activation(row @ expert.w_in + expert.b_in[None])
     return _set_block(out, i, hidden @ expert.w_out + expert.b_out[None])
 
-  def run_columns(expert, i, out):
-    # Without the barriers XLA puts the matrices on the right again.
+  def run_columns(expert: grouped_matmul.SeparateExpert, i: Array, out: Array):
+    # Without the barriers XLA puts the matrices on the right again. Everything
+    # is transposed, [D or M, rows of a block], as the matrices are.
     columns = jax.lax.optimization_barrier(_block(rows, i, block_size).T)
     hidden = quantization.matmul(expert.w_in, columns) + expert.b_in[:, None]
     columns = quantization.matmul(expert.w_out, activation(hidden))
@@ -119,7 +143,7 @@ def _run_blocks(activation, block_size, rows, weights, blocks):
       out = _over_blocks(run_one, blocks, e, out)
     return out
 
-  def run_expert(e, out):
+  def run_expert(e: Array, out: Array):
     # A loop in a loop: the slice of the stack is copied once for all blocks.
     expert = grouped_matmul.one_expert(weights, e)
     run_one = functools.partial(run_rows, expert)
@@ -128,15 +152,27 @@ def _run_blocks(activation, block_size, rows, weights, blocks):
   return jax.lax.fori_loop(0, len(blocks.end), run_expert, out)
 
 
-def _run_blocks_forward(activation, block_size, rows, weights, blocks):
+def _run_blocks_forward(
+  activation: grouped_matmul.Activation,
+  block_size: int,
+  rows: Float[Array, 'R D'],
+  weights: grouped_matmul.ExpertWeights | grouped_matmul.SeparateWeights,
+  blocks: _Blocks,
+):
   out = _run_blocks(activation, block_size, rows, weights, blocks)
+  # No hidden values: they are computed again, block by block.
   return out, (rows, weights, blocks)
 
 
-def _run_blocks_backward(activation, block_size, residuals, d_out):
+def _run_blocks_backward(
+  activation: grouped_matmul.Activation,
+  block_size: int,
+  residuals: tuple[Any, ...],
+  d_out: Float[Array, 'R D'],
+):
   rows, weights, blocks = residuals
 
-  def gradients(expert, i, carry):
+  def gradients(expert: grouped_matmul.OneExpert, i: Array, carry: Any):
     """Writes the rows' gradient of a block, adds that of the weights."""
     d_rows, d_held = carry
     row, d_row_out = _block(rows, i, block_size), _block(d_out, i, block_size)
@@ -155,7 +191,9 @@ def _run_blocks_backward(activation, block_size, residuals, d_out):
     d_rows = _set_block(d_rows, i, d_before @ expert.w_in.T)
     return d_rows, jax.tree.map(_add, d_held, d_expert)
 
-  def of_expert(expert, e, d_rows):
+  def of_expert(
+    expert: grouped_matmul.OneExpert, e: Array | int, d_rows: Array
+  ):
     d_none = jax.tree.map(jnp.zeros_like, expert)
     body = functools.partial(gradients, expert)
     return _over_blocks(body, blocks, e, (d_rows, d_none))
@@ -168,10 +206,11 @@ def _run_blocks_backward(activation, block_size, residuals, d_out):
       d_separate.append(grouped_matmul.SeparateExpert.of(d_expert))
     return d_rows, tuple(d_separate), None
 
-  def body(e, carry):
+  def body(e: Array, carry: tuple[Array, grouped_matmul.ExpertWeights]):
     d_rows, d_weights = carry
     expert = grouped_matmul.one_expert(weights, e)
     d_rows, d_expert = of_expert(expert, e, d_rows)
+    # An expert's blocks lie together, so its gradient is put there once.
     return d_rows, grouped_matmul.put_expert(d_weights, e, d_expert)
 
   d_rows, d_weights = jax.lax.fori_loop(
@@ -181,6 +220,7 @@ def _run_blocks_backward(activation, block_size, residuals, d_out):
 
 
 def _add(held: Array, new: Array) -> Array:
+  # What a loop carries must keep its type, that of the weights.
   return held + new.astype(held.dtype)
 
 

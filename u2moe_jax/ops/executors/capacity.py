@@ -45,6 +45,8 @@ def make_slots(
     The rows, expert after expert, and how many pairs found none.
   """
   rank, _ = permutation.rank_in_expert(plan)
+  # By the index and not by the weight, which may underflow to 0 for an expert
+  # that was kept, and has a gradient all the same.
   real = plan.expert_index < plan.num_experts
   kept = real & (rank < capacity)
   num_rows = plan.num_experts * capacity
@@ -61,14 +63,20 @@ def equal_groups(
   activation: grouped_matmul.Activation,
 ) -> Float[Array, 'E C D']:
   """Each expert's two layers on its rows; an empty row gives anything."""
-  hidden = jnp.einsum('ECD,EDM->ECM', rows, weights.w_in)
+  hidden = jnp.einsum('ECD,EDM->ECM', rows, weights.w_in)  # [E, C, M]
   hidden = activation(hidden + weights.b_in[:, None])
   output = jnp.einsum('ECM,EMD->ECD', hidden, weights.w_out)
   return output + weights.b_out[:, None]
 
 
 def run(
-  x, plan, weights, *, activation, capacity_factor, block_size
+  x: Float[Array, 'S D'],
+  plan: Routing,
+  weights: grouped_matmul.ExpertWeights | grouped_matmul.SeparateWeights,
+  *,
+  activation: grouped_matmul.Activation,
+  capacity_factor: float | None,
+  block_size: int,
 ) -> grouped_matmul.Execution:
   """Fills the slots, multiplies, and counts what found none."""
   del block_size
@@ -78,8 +86,9 @@ def run(
   )
   slots, num_dropped = make_slots(plan, capacity)
   rows = permutation.dispatch(x, slots)
-  rows = rows.reshape(plan.num_experts, capacity, -1)
+  rows = rows.reshape(plan.num_experts, capacity, -1)  # [E, C, D]
   rows = equal_groups(rows, grouped_matmul.stacked(weights), activation)
-  rows = rows.reshape(plan.num_experts * capacity, -1)
+  # Empty slots hold what biases make of zeros; no pair points there.
+  rows = rows.reshape(plan.num_experts * capacity, -1)  # [E * C, D]
   output = permutation.combine(rows, plan.weight, slots)
   return grouped_matmul.Execution(output=output, num_dropped=num_dropped)

@@ -3,11 +3,20 @@
 import jax
 import jax.numpy as jnp
 
+from u2moe_jax.array_types import Array
+from u2moe_jax.array_types import Float
 from u2moe_jax.ops import grouped_matmul
+from u2moe_jax.ops.routing import Routing
 
 
 def run(
-  x, plan, weights, *, activation, capacity_factor, block_size
+  x: Float[Array, 'S D'],
+  plan: Routing,
+  weights: grouped_matmul.ExpertWeights | grouped_matmul.SeparateWeights,
+  *,
+  activation: grouped_matmul.Activation,
+  capacity_factor: float | None,
+  block_size: int,
 ) -> grouped_matmul.Execution:
   """Runs all experts; zero weights remove what was not chosen."""
   del capacity_factor, block_size

@@ -10,15 +10,23 @@ import jax
 import jax.numpy as jnp
 
 from u2moe_jax.array_types import Array
+from u2moe_jax.array_types import Float
 from u2moe_jax.ops import grouped_matmul
 from u2moe_jax.ops import permutation
+from u2moe_jax.ops.routing import Routing
 
 # (rows [R, K], matrices [E, K, N], group sizes [E]) -> [R, N]
 RaggedDot = Callable[[Array, Array, Array], Array]
 
 
 def run(
-  x, plan, weights, *, activation, capacity_factor, block_size
+  x: Float[Array, 'S D'],
+  plan: Routing,
+  weights: grouped_matmul.ExpertWeights | grouped_matmul.SeparateWeights,
+  *,
+  activation: grouped_matmul.Activation,
+  capacity_factor: float | None,
+  block_size: int,
 ) -> grouped_matmul.Execution:
   """Multiplies sorted rows by `lax.ragged_dot`."""
   del capacity_factor, block_size
@@ -26,14 +34,19 @@ def run(
 
 
 def run_sorted(
-  x, plan, weights, activation, ragged_dot: RaggedDot
+  x: Float[Array, 'S D'],
+  plan: Routing,
+  weights: grouped_matmul.ExpertWeights | grouped_matmul.SeparateWeights,
+  activation: grouped_matmul.Activation,
+  ragged_dot: RaggedDot,
 ) -> grouped_matmul.Execution:
   """Sorts the pairs by expert and multiplies by any ragged product."""
   weights = grouped_matmul.stacked(weights)
   num_experts = plan.num_experts
   pair_expert = plan.expert_index.reshape(-1)  # [S * J]
   num_pairs = pair_expert.size
-  order = jnp.argsort(pair_expert)
+  order = jnp.argsort(pair_expert)  # [S * J], pairs in the order of their rows
+  # The inverse of that permutation: the row of each pair.
   rank = jnp.zeros(num_pairs, jnp.int32).at[order].set(jnp.arange(num_pairs))
   position = jnp.where(pair_expert < num_experts, rank, num_pairs)
   slots = permutation.make_slots(
@@ -42,6 +55,7 @@ def run_sorted(
   sizes = jnp.bincount(pair_expert, length=num_experts + 1)
   # Padded pairs sort last; their rows are empty and join the last expert.
   sizes = sizes[:-1].at[-1].add(sizes[-1]).astype(jnp.int32)
+  # The expert of each row, for the biases, which the product does not know.
   expert = jnp.minimum(pair_expert[order], num_experts - 1)
   rows = permutation.dispatch(x, slots)
   hidden = ragged_dot(rows, weights.w_in, sizes) + weights.b_in[expert]

@@ -7,12 +7,21 @@ where tokamax has no kernel it falls back to XLA's own expansion.
 import importlib
 
 from u2moe_jax import config as config_lib
+from u2moe_jax.array_types import Array
+from u2moe_jax.array_types import Float
 from u2moe_jax.ops import grouped_matmul
 from u2moe_jax.ops.executors import ragged
+from u2moe_jax.ops.routing import Routing
 
 
 def run(
-  x, plan, weights, *, activation, capacity_factor, block_size
+  x: Float[Array, 'S D'],
+  plan: Routing,
+  weights: grouped_matmul.ExpertWeights | grouped_matmul.SeparateWeights,
+  *,
+  activation: grouped_matmul.Activation,
+  capacity_factor: float | None,
+  block_size: int,
 ) -> grouped_matmul.Execution:
   """Multiplies sorted rows by `tokamax.ragged_dot`.
 
