@@ -40,6 +40,7 @@ class Programs:
     folder = pathlib.Path(folder)
     self.index = _read_index(folder / INDEX)
     arrays = mapped.read(folder / 'params')
+    # Once, or every call would bring the mapped file to the device.
     self._arrays = jax.device_put(arrays, jax.devices()[0])
     self._encode = _load(folder / ENCODE)
     self._chunk = _load(folder / CHUNK)
@@ -66,6 +67,7 @@ class Programs:
       self._arrays,
       features,
       jnp.asarray(lengths, jnp.int32),
+      # Arrays, not Python ints: an exported program takes the exact types.
       jnp.int32(chunk_size),
       jnp.int32(left_chunks),
     )
@@ -123,7 +125,7 @@ def _read_index(file: pathlib.Path) -> dict[str, Any]:
   return index
 
 
-def _load(file: pathlib.Path):
+def _load(file: pathlib.Path) -> jax.stages.Wrapped:
   """The jitted program of a file."""
   try:
     program = jax_export.deserialize(bytearray(file.read_bytes()))

@@ -31,6 +31,7 @@ def ctc_greedy_search(
   """
   ids = jnp.argmax(log_probs, axis=-1)
   best = log_probs.max(axis=-1)
+  # By place and not by value: two equal tokens have a gap of 0.
   is_best = jnp.arange(log_probs.shape[-1])[None, None] == ids[..., None]
   second = jnp.where(is_best, -jnp.inf, log_probs).max(axis=-1)
   gaps = jnp.where(mask, best - second, jnp.inf)

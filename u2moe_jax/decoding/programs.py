@@ -44,6 +44,8 @@ class Encoded:
   margin: Float[Array, 'B']
 
 
+# The model is a frozen dataclass: equal ones share a compiled program, however
+# often a recogniser is made.
 @functools.partial(jax.jit, static_argnums=0, static_argnames='blank_penalty')
 def encode(
   model: u2.U2MoeModel,
@@ -93,6 +95,8 @@ def router_margin(
   result = jnp.full((rows,), jnp.inf, jnp.float32)
   for stats in layers.values():
     margin = jnp.moveaxis(stats.margin, 1, 0)  # [R, L, T]
+    # Rows of one utterance stand together, so this is a row for each utterance
+    # whatever the rows are: texts, nodes or frames.
     margin = margin.reshape(rows, -1).astype(jnp.float32)
     result = jnp.minimum(result, jnp.min(margin, axis=1, initial=jnp.inf))
   return result
@@ -171,6 +175,8 @@ def search_attention(
   """
   frames, mask = encoded.frames, encoded.mask
   batch, num_frames = mask.shape
+  # An utterance's own frames, not those of the padded batch: what it gets must
+  # not depend on its batch mates.
   max_lengths, counted_starts = jnp.sum(mask, axis=1), 0
   if reference_limits:
     max_lengths = jnp.full((batch,), num_frames, jnp.int32)
