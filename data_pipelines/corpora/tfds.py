@@ -141,6 +141,7 @@ class TfdsSource:
     number, record = self._latest
     if number != index:
       record = self._records()[index]
+      # A record is asked for its text and then for its sound.
       self._latest = (index, record)
     return record
 
