@@ -277,6 +277,7 @@ def _move_into(own: pathlib.Path, staging: pathlib.Path) -> None:
 
 def _tidy(folder: pathlib.Path) -> None:
   """Removes what only the making needed, and what killed jobs left."""
+  # What has a checksum belongs to the data set; nothing else does.
   keep = set(_read_checksums(folder)) | {CHECKSUMS_FILE}
   for path in folder.iterdir():
     if path.is_dir():

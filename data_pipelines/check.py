@@ -236,6 +236,7 @@ def _look(source: sources.Source, index: int, settings: Settings) -> Finding:
     found = Finding(
       header.seconds, header.sample_rate, header.channels, unknown=unknown
     )
+    # (Undecoded sound has no peak; 1 is not silent.)
     sound, peak = _listen(source, index) if settings.decode else (b'', 1.0)
   except audio.AudioError as error:
     return dataclasses.replace(found, reason=error.reason, detail=str(error))

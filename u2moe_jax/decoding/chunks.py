@@ -128,6 +128,7 @@ def step(
     blank_penalty: subtracted from the blank logit.
     graph: hotwords, if the state was made with them.
   """
+  # Here and not in a program of its own: rows begin anew at any chunk.
   state = _restart(state, fresh)
   variables = {'params': params}
   # Before the chunk moves it on: where the new frames go in `frames`.
@@ -240,6 +241,7 @@ def _read_row(
   pick = lambda x: lax.dynamic_slice_in_dim(x, row, 1, axis=0)
   beams, margin, offset, frames = jax.tree.map(pick, heard)
   found = prefix_beam.finish(beams, graph=graph)
+  # Behind them may stand frames of an earlier segment.
   mask = jnp.arange(num_frames)[None] < offset[:, None]
   margin = jnp.minimum(found.margin, margin)
   found = dataclasses.replace(found, margin=margin)

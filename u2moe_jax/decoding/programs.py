@@ -107,6 +107,7 @@ def silence(
   encoded: Encoded, *, blank_id: int
 ) -> tuple[Float[Array, 'B T'], Bool[Array, 'B T']]:
   """Probability of the blank, and frames where another token is the best."""
+  # Reduced on the device: [B, T] goes to the host instead of [B, T, V].
   best = jnp.argmax(encoded.log_probs, axis=-1)
   return jnp.exp(encoded.log_probs[..., blank_id]), best != blank_id
 
@@ -189,10 +190,13 @@ def search_attention(
   )
   variables = {'params': decoder_lib.unstack(params['forward_decoder'])}
 
-  def step(inputs, cache):
+  def step(
+    inputs: decoder_lib.StepInputs, cache: decoder_lib.DecoderCache
+  ) -> attention_beam.StepOutputs:
     logits, cache, stats = decoder.apply(
       variables, inputs, cache, mask, method='step'
     )
+    # (The logits are float32 whatever the model computes in.)
     return attention_beam.StepOutputs(
       log_probs=jax.nn.log_softmax(logits),
       cache=cache,

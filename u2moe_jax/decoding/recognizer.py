@@ -94,6 +94,7 @@ class Recognizer:
     self.buffers = buffers
     self.model = u2.U2MoeModel(description.model, form=description.form)
     self.geometry = subsampling.geometry(description.model.encoder.subsampling)
+    # Now, and not with the first batch.
     _require_decoders(self.config, description.model)
     self.hotwords = self._load_hotwords()
 
@@ -276,6 +277,7 @@ class Recognizer:
     core = round(_WINDOW_SECONDS / self.frame_seconds) - 2 * edge
     # Windows overlap by two edges; each gives the frames of its core.
     blank, is_token = np.ones(total, np.float32), np.zeros(total, bool)
+    # In groups, or the features of hours would all be there at once.
     cores = list(range(0, total, core))
     for at in range(0, len(cores), _WINDOWS_AT_ONCE):
       group = cores[at : at + _WINDOWS_AT_ONCE]
@@ -468,6 +470,7 @@ class Recognizer:
         ends at the latest; None: with its last token.
       token_confidence: probability of each token of the first hypotheses.
     """
+    # One transfer for all fields.
     found = jax.device_get(found)
     for row in range(found.lengths.shape[0]):
       transcript = self._read_row(found, row)
@@ -570,6 +573,7 @@ def cautions(
 ) -> list[str]:
   """What the model can do, but was never trained for; one line each."""
   encoder, found = model.encoder, []
+  # Training's limit is in feature frames, a chunk size in encoder frames.
   longest = masks.MAX_CHUNK_INPUT_FRAMES
   longest //= subsampling.geometry(encoder.subsampling).rate
   static = encoder.static_chunk_size

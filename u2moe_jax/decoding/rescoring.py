@@ -208,7 +208,7 @@ def _sort(rescored: Rescored) -> Rescored:
   nbest = rescored.hypotheses
   order = jnp.argsort(nbest.scores, axis=1, descending=True, stable=True)
 
-  def reorder(field):
+  def reorder(field: Array) -> Array:
     if field.ndim == 1:  # one value for each utterance
       return field
     # Fields are [B, N] or [B, N, U]: axes of size 1 make the order fit.

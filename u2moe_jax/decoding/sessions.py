@@ -163,6 +163,7 @@ class Sessions:
     row = self._rows.index(None)
     session = Session(self, row)
     self._rows[row] = session
+    # Whoever was there before has left its state.
     self._fresh[row] = True
     return session
 
@@ -433,6 +434,7 @@ class Session:
     """Begins the next segment; times of this one count from the start."""
     shift = self._recognizer.description.features.frame_shift_ms / 1000
     start = self._first * shift
+    # Encoder frames of the segment, in the feature frames they moved on by.
     self._first += self.offset * self._recognizer.geometry.rate
     rate = self._recognizer.description.features.sample_rate
     # At the end the sound decides, since less than a frame may be left over.

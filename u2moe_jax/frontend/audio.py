@@ -11,6 +11,7 @@ import io
 import os
 import pathlib
 import tempfile
+from typing import Any
 from typing import BinaryIO
 import warnings
 
@@ -348,7 +349,7 @@ class _Slice(io.RawIOBase):
     self._position = max(0, base + position)
     return self._position
 
-  def readinto(self, buffer) -> int:
+  def readinto(self, buffer: Any) -> int:
     left = max(0, self._size - self._position)
     self._file.seek(self._offset + self._position)
     data = self._file.read(min(len(buffer), left))
@@ -412,7 +413,7 @@ def _decode_with_librosa(path: pathlib.Path) -> tuple[np.ndarray, float]:
   with warnings.catch_warnings():
     warnings.simplefilter('ignore')  # it announces every such file
     samples, rate = librosa.load(path, sr=None, mono=False)
-  return np.atleast_2d(samples).T, rate
+  return np.atleast_2d(samples).T, rate  # (samples, channels)
 
 
 def _check_rate(rate: float, name: str) -> None:

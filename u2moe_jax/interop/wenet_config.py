@@ -99,6 +99,8 @@ def feature_config(
       f'dataset_conf.fbank_conf.num_mel_bins is {bins}, input_dim is '
       f'{model.feature_dim}'
     )
+  # Without the key the reference's default would be 23 bins; what the model
+  # takes is known.
   return config_lib.FeatureConfig(
     **values | {'num_mel_bins': model.feature_dim}
   )

@@ -108,6 +108,7 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
   if pathlib.Path(path).suffix != '.npz':
     return torch_archive.load(path)
   try:
+    # A pickle could run anything.
     with np.load(path, allow_pickle=False) as file:
       return dict(file)
   except (ValueError, zipfile.BadZipFile, EOFError) as error:

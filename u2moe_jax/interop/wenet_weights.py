@@ -156,6 +156,7 @@ def _block(
   index: tuple[int, ...],
   config: config_lib.EncoderConfig,
 ) -> Iterator[Entry]:
+  # Their `feed_forward` is the second of the two half steps of a block.
   layers = {
     'feed_forward': ('ffn_final', 'norm_ff', 'norm_ffn_final'),
     'feed_forward_macaron': (
