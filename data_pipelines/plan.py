@@ -178,7 +178,7 @@ def make_buckets(
   lengths = _all_num_frames(
     _seconds(items)[:, None], factors, config.features
   ).ravel()  # (items * speeds,)
-  tokens = np.repeat(_tokens(items), len(factors))
+  tokens = np.repeat(_tokens(items), len(factors))  # (items * speeds,)
   buckets: list[Bucket] = []
   low, most_tokens = -1, 0
   bounds = _least_padding(lengths, config.num_buckets)

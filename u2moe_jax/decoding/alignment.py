@@ -73,7 +73,7 @@ def align(
     scores: Float[Array, 'B S'], frame: tuple[Array, Array]
   ) -> tuple[Float[Array, 'B S'], Int[Array, 'B S']]:
     values, valid = frame
-    emission = jnp.take_along_axis(values, states, axis=1)
+    emission = jnp.take_along_axis(values, states, axis=1)  # [B, S]
     best, moves = _best_way(scores, can_skip)
     scores = jnp.where(valid[:, None], best + emission, scores)
     return scores, jnp.where(valid[:, None], moves, 0)
@@ -87,14 +87,14 @@ def align(
 
   last = 2 * label_mask.sum(axis=1)  # the blank behind the last label
   ends = jnp.stack([last, jnp.maximum(last - 1, 0)], axis=1)  # [B, 2]
-  values = jnp.take_along_axis(scores, ends, axis=1)
+  values = jnp.take_along_axis(scores, ends, axis=1)  # [B, 2]
   # A path may end in the last label or in the blank behind it.
   state = jnp.where(values[:, 0] >= values[:, 1], ends[:, 0], ends[:, 1])
 
   def backward(
     state: Int[Array, 'B'], moves: Int[Array, 'B S']
   ) -> tuple[Int[Array, 'B'], Int[Array, 'B']]:
-    moved = jnp.take_along_axis(moves, state[:, None], axis=1)[:, 0]
+    moved = jnp.take_along_axis(moves, state[:, None], axis=1)[:, 0]  # [B]
     return state - moved, state
 
   _, path = lax.scan(backward, state, moves, reverse=True)  # [T, B]
@@ -113,7 +113,7 @@ def _states(
   pairs = jnp.stack([blanks, labels], axis=2).reshape(
     len(labels), -1
   )  # [B, 2 U]
-  return jnp.pad(pairs, ((0, 0), (0, 1)), constant_values=blank_id)
+  return jnp.pad(pairs, ((0, 0), (0, 1)), constant_values=blank_id)  # [B, S]
 
 
 def _can_skip(
@@ -156,7 +156,7 @@ def _read(
   # Blanks, padding and what cannot be aligned fall off the end.
   place = jnp.where((path % 2 == 1) & mask, path // 2, count)  # [B, T]
   rows = jnp.arange(batch)[:, None]
-  frames = jnp.broadcast_to(jnp.arange(num_frames)[None], place.shape)
+  frames = jnp.broadcast_to(jnp.arange(num_frames)[None], place.shape)  # [B, T]
   gather = lambda start: jnp.full((batch, count), start, jnp.int32)
   # min and max over the run of each label; odd states are labels.
   starts = gather(num_frames).at[rows, place].min(frames, mode='drop')

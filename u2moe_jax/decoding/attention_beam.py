@@ -173,7 +173,7 @@ def _init_state(
   return SearchState(
     position=jnp.zeros((), jnp.int32),
     tokens=jnp.full((batch, beam, max_steps), _PADDING, jnp.int32),
-    scores=jnp.tile(scores, (batch, 1)),
+    scores=jnp.tile(scores, (batch, 1)),  # [B, N]
     finished=jnp.zeros((batch, beam), bool),
     margin=jnp.full((batch,), jnp.inf, jnp.float32),
     ancestry=jnp.full((batch, beam, max_steps), -1, jnp.int32),
@@ -206,7 +206,7 @@ def _step(
   """Extends every hypothesis by one token and keeps the best."""
   batch, beam, _ = state.tokens.shape
   running = running[:, None]  # [B, 1]
-  places = jnp.broadcast_to(jnp.arange(beam)[None], (batch, beam))
+  places = jnp.broadcast_to(jnp.arange(beam)[None], (batch, beam))  # [B, N]
   # What this step writes for a hypothesis goes to its own place; only then do
   # hypotheses change places.
   ancestry = lax.dynamic_update_index_in_dim(
@@ -229,7 +229,7 @@ def _step(
   scores, parents, tokens, gap = _choose(state, said.log_probs, eos_id=eos_id)
   # An utterance that has stopped keeps its hypotheses where they are.
   parents = jnp.where(running, parents, places)
-  take = lambda field: jnp.take_along_axis(field, parents, axis=1)
+  take = lambda field: jnp.take_along_axis(field, parents, axis=1)  # [B, N]
   follow = lambda field: jnp.take_along_axis(
     field, parents[..., None], axis=1
   )  # [B, N, U]
@@ -270,7 +270,7 @@ def _choose(
   values, tokens = lax.top_k(log_probs.astype(jnp.float32), offers)
   # A finished hypothesis offers itself once, at the price of nothing.
   closing = jnp.where(jnp.arange(offers) == 0, 0.0, -jnp.inf)[None, None]
-  finished = state.finished[..., None]
+  finished = state.finished[..., None]  # [B, N, 1]
   values = jnp.where(finished, closing, values)
   tokens = jnp.where(finished, eos_id, tokens)
   candidates = (state.scores[..., None] + values).reshape(
@@ -310,7 +310,7 @@ def _finish(
   take = lambda field: jnp.take_along_axis(field, order, axis=1)
   scores = take(scores)
   tokens = jnp.where(is_token & valid[..., None], state.tokens, _PADDING)
-  tokens = jnp.take_along_axis(tokens, order[..., None], axis=1)
+  tokens = jnp.take_along_axis(tokens, order[..., None], axis=1)  # [B, N, U]
   # Slices, so that a beam of one has no gap and its min is inf.
   gap = jnp.where(
     scores[:, :1] > -jnp.inf, scores[:, :1] - scores[:, 1:2], jnp.inf

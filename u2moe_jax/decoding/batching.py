@@ -8,7 +8,8 @@ import itertools
 
 import numpy as np
 
-# Padded lengths grow by this factor: few shapes compile, little is padded.
+# Padded lengths begin here and grow by this factor: few shapes compile, little
+# is padded.
 _SHORTEST_FRAMES = 100
 _LENGTH_GROWTH = 1.4
 _MAX_ROWS = 64

@@ -425,7 +425,7 @@ def _top_k(
   array: Float[Array, 'B T size'], count: int
 ) -> tuple[Float[Array, 'B T K'], Int[Array, 'B T K']]:
   """`lax.top_k`, on all cores where it has many rows."""
-  rows = array.reshape(-1, array.shape[-1])
+  rows = array.reshape(-1, array.shape[-1])  # [B * T, size]
   size = -(-len(rows) // _CPU_PARTS)
   if jax.default_backend() != 'cpu' or size < _CPU_PART_ROWS:
     return lax.top_k(array, count)
@@ -621,7 +621,7 @@ def _is_merged(
   merged = (
     jnp.zeros((count * num_tokens,), bool).at[cells].set(True, mode='drop')
   )
-  return merged.reshape(count, num_tokens)
+  return merged.reshape(count, num_tokens)  # [N, K]
 
 
 def _choose(
@@ -697,7 +697,7 @@ def _gather(
   )
   hashes = old(beams.hashes)
   extended = _extend_hash(hashes, last)
-  blank_sources, nonblank_sources = old(moves.stay_sources).T
+  blank_sources, nonblank_sources = old(moves.stay_sources).T  # [N], [N]
   nonblank_sources = jnp.where(
     stays, nonblank_sources, new(moves.extension_sources)
   )
@@ -782,8 +782,8 @@ def _trace(
   # Frames that write nothing go to a place behind the row.
   place = jnp.where(writes & (place >= 0), place, max_tokens)  # dropped
   frame = state.beams.frames + jnp.cumsum(events.valid) - 1  # [T]
-  frame = jnp.broadcast_to(frame[:, None], path.shape)
-  nodes = jnp.broadcast_to(jnp.arange(2 * beam)[None], path.shape)
+  frame = jnp.broadcast_to(frame[:, None], path.shape)  # [T, nodes]
+  nodes = jnp.broadcast_to(jnp.arange(2 * beam)[None], path.shape)  # [T, nodes]
 
   def write(
     history: Int[Array, 'N 2 U'], news: Int[Array, 'T nodes']

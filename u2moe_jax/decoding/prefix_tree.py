@@ -59,13 +59,13 @@ def prefix_nodes(
   # A prefix belongs to the first hypothesis that begins with it; argmax takes
   # the first of equal values.
   first = jnp.argmax(equal, axis=2)  # [B, N, U1], of the hypotheses
-  exists = jnp.arange(size + 1)[None, None] <= lengths[..., None]
+  exists = jnp.arange(size + 1)[None, None] <= lengths[..., None]  # [B, N, U1]
   is_new = exists & (first == jnp.arange(count)[None, :, None])  # [B, N, U1]
   # Counted along the hypotheses, so a parent has a lower number than its
   # children.
   numbers = jnp.cumsum(is_new.reshape(batch, -1), axis=1) - 1
-  numbers = numbers.reshape(is_new.shape).astype(jnp.int32)
-  nodes = jnp.take_along_axis(numbers, first, axis=1)
+  numbers = numbers.reshape(is_new.shape).astype(jnp.int32)  # [B, N, U1]
+  nodes = jnp.take_along_axis(numbers, first, axis=1)  # [B, N, U1]
   return jnp.where(exists, nodes, 0), is_new, is_new.sum(axis=(1, 2))
 
 
@@ -148,7 +148,7 @@ def read(
   ).reshape(places.shape)
   # Token n of a text is the last one of prefix n + 1, so its score stands
   # there; what the roll brings round lies behind every text.
-  along = take(node_scores, jnp.roll(nodes, -1, axis=-1))
+  along = take(node_scores, jnp.roll(nodes, -1, axis=-1))  # [B, N, U1]
   place = jnp.arange(size + 1)[None, None]
   scores = jnp.where(place < lengths[..., None], along, 0.0)
   return jnp.where(place == lengths[..., None], take(end_scores, nodes), scores)

@@ -1,4 +1,4 @@
-"""The jitted programs of decoding: encode, search, rescore.
+"""The jitted programs of decoding: encode and search.
 
 Each is compiled once per padded shape; settings that only change numbers
 (chunk size, left chunks) are traced, those that change the program are static.
@@ -45,7 +45,8 @@ class Encoded:
 
 
 # The model is a frozen dataclass: equal ones share a compiled program, however
-# often a recogniser is made.
+# often a recogniser is made. A blank penalty of 0 leaves its subtraction out of
+# the program, hence static.
 @functools.partial(jax.jit, static_argnums=0, static_argnames='blank_penalty')
 def encode(
   model: u2.U2MoeModel,

@@ -87,8 +87,8 @@ def token_scores(
 ) -> Float[Array, 'B N U1']:
   """Picks the log-prob of each target; 0 where the target is padding."""
   # Padding is -1, which would read the last token; it is set to 0 below.
-  places = jnp.maximum(targets, 0)[..., None]
-  picked = jnp.take_along_axis(log_probs, places, axis=-1)[..., 0]
+  places = jnp.maximum(targets, 0)[..., None]  # [B, N, U1, 1]
+  picked = jnp.take_along_axis(log_probs, places, axis=-1)[..., 0]  # [B, N, U1]
   return jnp.where(targets >= 0, picked, 0.0).astype(jnp.float32)
 
 
@@ -199,7 +199,7 @@ def _turn(
   # Behind the length anything may stand; it is masked by the tokens.
   size = values.shape[-1]
   places = lengths[..., None] - 1 - jnp.arange(size)[None, None]
-  places = jnp.clip(places, 0, max(size - 1, 0))
+  places = jnp.clip(places, 0, max(size - 1, 0))  # [B, N, U]
   return jnp.take_along_axis(values, places, axis=-1)
 
 

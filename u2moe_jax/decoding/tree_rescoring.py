@@ -371,7 +371,7 @@ def score_rows(
   # [N, B, ...]: one rank of the list after the other.
   by_rank = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), texts)
   scores, margins = jax.lax.map(score, by_rank)
-  return jnp.swapaxes(scores, 0, 1), margins.min(axis=0)
+  return jnp.swapaxes(scores, 0, 1), margins.min(axis=0)  # [B, N, U1], [B]
 
 
 def score_nbest(
@@ -405,7 +405,7 @@ def score_nbest(
   # encoder frames of a row by that.
   logits, stats = decoder.module.apply(
     {'params': params},
-    inputs.reshape(-1, size),
+    inputs.reshape(-1, size),  # [B * N, U1]
     (targets >= 0).reshape(-1, size),
     frames,
     mask,

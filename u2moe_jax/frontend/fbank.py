@@ -144,7 +144,7 @@ def _log_mel(
   power = np.square(spectrum.real) + np.square(spectrum.imag)
   # Not a dense product, which is BLAS: see the top of the file.
   energy = _sparse_mel_filters(config) @ power.T  # (F, t)
-  return np.log(np.maximum(energy, config.mel_floor)).T
+  return np.log(np.maximum(energy, config.mel_floor)).T  # (t, F)
 
 
 def _fft_size(window_samples: int) -> int:
