@@ -359,6 +359,7 @@ def abstract_variables(
   if sharding is None:
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   tree = {
+    # Without the axis names in which the modules box them: a file has arrays.
     'params': nn.meta.unbox(
       # Traced only: no parameter is drawn.
       jax.eval_shape(lambda key: u2.init_params(model, key), jax.random.key(0))
@@ -409,6 +410,7 @@ def restore_moments(
   """
   assert found.moments is not None
   count = jax.ShapeDtypeStruct((), np.int32, sharding=everywhere)
+  # Adam's two moments have the shapes of the parameters.
   target = {'mu': params, 'nu': params, 'count': count}
   return _restore(found.moments, target)
 

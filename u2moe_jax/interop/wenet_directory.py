@@ -144,6 +144,7 @@ def import_model(
     OSError: if a file cannot be read or written.
   """
   _require_replaceable(out, 'model.json')
+  # All of it is read and checked before anything is written.
   source, state = read_config(config), read_weights(weights)
   tokenizer = _read_tokenizer(units, bpe_model, source.yaml)
   yaml = source.yaml
@@ -406,6 +407,7 @@ def _name_files(
     return
   is_bpe = (tokens / _BPE).is_file()
   yaml.setdefault('tokenizer', 'bpe' if is_bpe else 'char')
+  # What the yaml came with wins: it stands on the right.
   yaml['tokenizer_conf'] = {
     'symbol_table_path': _UNITS,
     'split_with_space': False,
