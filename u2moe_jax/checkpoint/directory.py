@@ -359,7 +359,7 @@ def abstract_variables(
   if sharding is None:
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   tree = {
-    # Without the axis names in which the modules box them: a file has arrays.
+    # (The modules box parameters with axis names; a file has plain arrays.)
     'params': nn.meta.unbox(
       # Traced only: no parameter is drawn.
       jax.eval_shape(lambda key: u2.init_params(model, key), jax.random.key(0))

@@ -67,7 +67,6 @@ class Programs:
       self._arrays,
       features,
       jnp.asarray(lengths, jnp.int32),
-      # Arrays, not Python ints: an exported program takes the exact types.
       jnp.int32(chunk_size),
       jnp.int32(left_chunks),
     )

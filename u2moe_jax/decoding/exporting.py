@@ -247,7 +247,7 @@ def _write(
 
 def _export_encode(source: _Source) -> bytes:
   model, least = source.description.model, source.geometry.window(1)
-  # At least one encoder frame: a shape of no frames is another program.
+  # For less the unpadded convolutions of the subsampling have no output.
   batch, frames = jax_export.symbolic_shape(
     'b, t', constraints=[f't >= {least}']
   )

@@ -187,8 +187,7 @@ class _Trie:
         table[state] = table[fail[state]]
       for token, child in self.children[state].items():
         column = columns[token]
-        # Read before the next line overwrites it: where the longest end of
-        # the text but for its beginning goes with this token.
+        # Still what `fail[state]` does with this token; overwritten next.
         fail[child] = int(table[state, column]) if state != _ROOT else _ROOT
         table[state, column] = child
         # Phrases that end here and began later; `fail` is nearer to the

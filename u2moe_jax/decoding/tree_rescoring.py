@@ -28,7 +28,7 @@ from u2moe_jax.models import u2
 from u2moe_jax.ops import sequences
 
 # Nodes of prefix trees that a decoder scores at once, on each device.
-# (With 5,000 tokens their logits alone are 160 MB.)
+# (With a vocabulary of 5,000 their logits alone are 160 MB.)
 _NODES_AT_ONCE = 8192
 # Encoder frames that it attends to, at least.
 _LEAST_FRAMES = 128

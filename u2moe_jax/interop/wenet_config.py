@@ -321,7 +321,7 @@ def _value(where: str, value: Any, spec: wenet_keys.Key) -> Any:
 def _encoder_config(
   yaml: Yaml, *, reference_quirks: bool
 ) -> config_lib.EncoderConfig:
-  # A quirk needs the layer that has it, or the config refuses it.
+  # A quirk only where the layer that has it is there.
   values = _values(yaml, 'encoder_conf')
   return config_lib.EncoderConfig(
     **values,

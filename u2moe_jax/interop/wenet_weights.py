@@ -145,7 +145,7 @@ def _subsampling(kind: config_lib.Subsampling, place: Place) -> Iterator[Entry]:
     name = f'encoder.embed.conv.{2 * i}'  # a ReLU after each
     yield Entry(f'{name}.weight', (*place, f'kernel_{i}'), (), _CONV2D)
     yield Entry(f'{name}.bias', (*place, f'bias_{i}'), (), _SAME)
-  # The reference calls it by other names in x6 and x8.
+  # The reference calls it by another name in x6 and x8.
   output = 'out.0' if kind == 'conv2d' else 'linear'
   yield from _linear(f'encoder.embed.{output}', (*place, 'output'))
 
