@@ -185,7 +185,7 @@ def _chunk(
   arrays: dict[str, Array],
   features: Float[Array, 'B T_in F'],
   num_valid: Int[Array, 'B'],
-  cache: dict[str, Array],
+  cache: PyTree,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
   """The next chunk of B streams."""
   tree = inference.nest(arrays.items())

@@ -275,7 +275,7 @@ def _cmvn(
 def _write_extras(
   folder: pathlib.Path,
   yaml: Mapping[str, Any],
-  unused: Mapping[str, np.ndarray],
+  unused: Mapping[str, Any],
 ) -> pathlib.Path:
   folder.mkdir()
   _write_yaml(folder / _YAML, yaml)
@@ -383,9 +383,7 @@ def export_model(checkpoint: Path, out: Path) -> list[str]:
   return [f'wrote {out}: {count} entries of {found.choice}', *_caveats(found)]
 
 
-def _read_extras(
-  folder: pathlib.Path,
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _read_extras(folder: pathlib.Path):
   """The yaml and the unused entries that an import kept; empty without."""
   if not folder.is_dir():
     return {}, {}
