@@ -105,6 +105,7 @@ def assemble(
   }
   if not any(receipt.recordings for receipt in receipts.values()):
     raise NothingUsableError('there is no utterance to write')
+  # A folder of this job's own: another one may be doing the same.
   own = pathlib.Path(tempfile.mkdtemp(prefix='assembly-', dir=staging))
   summaries = _write_common(own, staging, plan, receipts)
   _move_into(own, staging)
@@ -184,6 +185,7 @@ def _write_index(
       with pieces.index_path(staging, part).open('rb') as lines:
         shutil.copyfileobj(lines, index)
   with path.open(encoding='utf-8') as index:
+    # 8 bytes a key; equal hashes are looked into.
     hashes = np.array([hash(json.loads(line)['key']) for line in index])
   if len(np.unique(hashes)) < len(hashes):
     _require_unique(path)
@@ -275,6 +277,7 @@ def _move_into(own: pathlib.Path, staging: pathlib.Path) -> None:
 
 def _tidy(folder: pathlib.Path) -> None:
   """Removes what only the making needed, and what killed jobs left."""
+  # What has a checksum belongs to the data set; nothing else does.
   keep = set(_read_checksums(folder)) | {CHECKSUMS_FILE}
   for path in folder.iterdir():
     if path.is_dir():

@@ -36,6 +36,7 @@ def spec_substitute(
   result = frames.copy()
   for _ in range(config.num_substitutions):
     start, end = _span(rng, len(frames), config.max_substitution)
+    # At most to the beginning; 0 leaves the span as it is.
     back = int(rng.integers(0, start + 1))
     # From the frames before any substitution, as in the reference.
     result[start:end] = frames[start - back : end - back]

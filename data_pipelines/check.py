@@ -193,6 +193,8 @@ def _gather(
 ) -> Report:
   """Adds up findings in the order of the source, as soon as may be."""
   gatherer = _Gatherer(source)
+  # Processes finish in any order, but which of two equal utterances is the
+  # duplicate must not depend on that.
   early: dict[int, list[Finding]] = {}
   waiting = iter(chunks)
   chunk = next(waiting, None)
@@ -229,10 +231,12 @@ def _look(source: sources.Source, index: int, settings: Settings) -> Finding:
     unknown = ''.join(settings.tokenizer.unknown_characters(utterance.txt))
   found = Finding(unknown=unknown)
   try:
+    # The header first: what is told of a file that cannot be decoded is kept.
     header = source.header(index)
     found = Finding(
       header.seconds, header.sample_rate, header.channels, unknown=unknown
     )
+    # (Undecoded sound has no peak; 1 is not silent.)
     sound, peak = _listen(source, index) if settings.decode else (b'', 1.0)
   except audio.AudioError as error:
     return dataclasses.replace(found, reason=error.reason, detail=str(error))
@@ -277,7 +281,7 @@ def _labels(
 class _Gatherer:
   """Adds up findings in the order of the source."""
 
-  def __init__(self, source: sources.Source):
+  def __init__(self, source: sources.Source) -> None:
     self.report = Report(
       utterances=len(source), durations=np.full(len(source), np.nan)
     )
@@ -316,6 +320,7 @@ class _Gatherer:
     if not found.sound:
       return False
     texts = self._texts_of.setdefault(found.sound, set())
+    # (8 bytes of a text; two of the same sound hardly share them by chance.)
     text = hash(utterance.txt)
     if text in texts:
       return True

@@ -99,7 +99,7 @@ class Utterance:
 class OnDemand(Sequence[Utterance]):
   """Utterances that are read when they are asked for."""
 
-  def __init__(self, count: int, read: Callable[[int], Utterance]):
+  def __init__(self, count: int, read: Callable[[int], Utterance]) -> None:
     """Takes how many there are, and what reads one by its number."""
     self._count, self._read = count, read
 
@@ -112,7 +112,7 @@ class OnDemand(Sequence[Utterance]):
   @overload
   def __getitem__(self, index: slice) -> list[Utterance]: ...
 
-  def __getitem__(self, index):
+  def __getitem__(self, index: int | slice) -> Utterance | list[Utterance]:
     if isinstance(index, slice):
       return [self[i] for i in range(*index.indices(len(self)))]
     if not -len(self) <= index < len(self):
@@ -173,6 +173,7 @@ class Table(OnDemand):
   def select(self, first: int, last: int) -> 'Table':
     """Utterances `first` to `last - 1`, without the memory of the others."""
     lines = [self._data[a:b] for a, b in self._rows[first:last].tolist()]
+    # The lines stand closely here, so their places are counted anew.
     ends = np.cumsum([len(line) for line in lines], dtype=np.int64)
     rows = np.stack([ends - [len(line) for line in lines], ends], axis=1)
     return Table(
@@ -205,6 +206,7 @@ class Table(OnDemand):
   def with_problems(self, problems: Mapping[int, Problem]) -> 'Table':
     """The same utterances, of which some more cannot be used."""
     durations = self.durations.copy()
+    # What cannot be used has no duration, see `Utterance.duration`.
     durations[list(problems)] = np.nan
     return self._replace(durations, {**self._problems, **problems})
 
@@ -225,6 +227,7 @@ class TableBuilder:
 
   def __init__(self) -> None:
     self._data = bytearray()
+    # Arrays of numbers, since a list would hold an object for each of them.
     self._rows = array.array('q')
     self._durations = array.array('d')
     self._problems: dict[int, Problem] = {}
@@ -326,6 +329,7 @@ def read_table(
 
 def _lines(data: bytes) -> Iterator[tuple[int, int, int]]:
   """Number, first byte and end of each line that is not blank."""
+  # A byte order mark belongs to no line.
   begin, number = (3 if data.startswith(b'\xef\xbb\xbf') else 0), 0
   while begin < len(data):
     number += 1
@@ -339,7 +343,9 @@ def _lines(data: bytes) -> Iterator[tuple[int, int, int]]:
 class _Reader:
   """A manifest on its way into a table; the lines stay as they are."""
 
-  def __init__(self, path: pathlib.Path, allow_empty_txt: bool, tolerant: bool):
+  def __init__(
+    self, path: pathlib.Path, allow_empty_txt: bool, tolerant: bool
+  ) -> None:
     if not path.is_file():
       raise ManifestError(f'{path}: no such manifest')
     self.data = path.read_bytes()
@@ -389,6 +395,7 @@ class _Reader:
     self._rows.append(begin)
     self._rows.append(end)
     self._durations.append(seconds)
+    # 8 bytes instead of the key; `repeated` looks again at what is equal.
     self._hashes.append(hash(key))
     self._numbers.append(number)
 
@@ -396,6 +403,7 @@ class _Reader:
     """Raises, or takes note of a line that cannot be used."""
     if not self._tolerant:
       raise ManifestError(message)
+    # It needs a name to be told by, and its own may be what is wrong with it.
     key = f'{self._path.name}:{number}'
     self._problems[len(self._durations)] = Problem('bad_line', message)
     begin, end = self._replace({'key': key, 'wav': '', 'txt': ''})
@@ -403,6 +411,7 @@ class _Reader:
 
   def _replace(self, fields: Mapping[str, Any]) -> tuple[int, int]:
     """Stores a line behind the file's own."""
+    # Where it will be once `finish` has put the two together.
     begin = len(self.data) + len(self._replaced)
     self._replaced += json.dumps(fields).encode('utf-8')
     return begin, len(self.data) + len(self._replaced)
@@ -476,6 +485,7 @@ def _check_line(line: str, allow_empty_txt: bool) -> dict[str, Any]:
   for name in ('key', 'wav'):
     if not fields[name].strip():
       raise ManifestError(f'{name!r} is empty')
+  # Only an escape can make half a pair: the line itself was UTF-8.
   if '\\u' in line and not _is_unicode(fields):
     raise ManifestError('half of a surrogate pair; write the character itself')
   if not allow_empty_txt and not fields['txt'].strip():
@@ -559,7 +569,9 @@ def write_text(path: pathlib.Path, text: str) -> None:
     with os.fdopen(handle, 'w', encoding='utf-8') as file:
       file.write(text)
     os.chmod(temporary, 0o644)  # mkstemp makes files that only the owner reads
+    # In one step: whoever reads finds the old text or the new one.
     os.replace(temporary, path)
+  # Also when the user interrupts.
   except BaseException:
     os.unlink(temporary)
     raise

@@ -64,16 +64,18 @@ class Noises:
     path = kind[int(rng.integers(len(kind)))]
     return _read_part(path, num_samples, rng, self.sample_rate)
 
-  def _babble(self, num_samples, rng) -> np.ndarray:
+  def _babble(self, num_samples: int, rng: np.random.Generator) -> np.ndarray:
     """Several voices at once, at the same level, from random places."""
     babble = np.zeros(num_samples, np.float32)
     for _ in range(_BABBLE_VOICES):
       voice = self.speech(rng)
+      # Drawn in any case: a bad voice must not change those behind it.
       start = rng.random()
       if voice is None or not voice.any():
         continue
       voice = np.roll(voice, int(start * len(voice)))
       level = np.sqrt(np.mean(np.square(voice)))
+      # (np.resize repeats what is too short.)
       babble += np.resize(voice / level, num_samples)
     return babble
 
@@ -163,6 +165,7 @@ def _read_part(
   """Reads as much of a long recording as is needed, from a random place."""
   try:
     with soundfile.SoundFile(path) as file:
+      # Rounded up: after resampling there must be enough.
       wanted = -(-num_samples * file.samplerate // sample_rate)
       file.seek(int(rng.integers(max(1, file.frames - wanted + 1))))
       samples = file.read(wanted, dtype='float32', always_2d=True)

@@ -267,6 +267,8 @@ def write(
     finally:
       size = writer.close()
     receipt = gathered.receipt(plan.digest, size, file, index)
+    # Without a receipt the piece counts as missing: so it is until the new one
+    # is written, last of all.
     receipt_path(folder, piece).unlink(missing_ok=True)
     os.replace(file, folder / piece.file)
     os.replace(index, index_path(folder, piece))
@@ -281,7 +283,7 @@ def write(
 class _Gathered:
   """What is to be known of the recordings that went by."""
 
-  def __init__(self, settings: Settings, split: str):
+  def __init__(self, settings: Settings, split: str) -> None:
     self.skipped: list[dict[str, str]] = []
     # The default filterbank, whatever the rate of the data: its statistics
     # can be taken for training with the default features, and no others.
@@ -294,6 +296,8 @@ class _Gathered:
   def add(self, index: int, recording: tfds_dataset.Recording) -> None:
     self._seconds += recording.duration
     self._characters.update(' '.join(recording.txt.split()))
+    # By the number in the split, so the choice does not depend on how the split
+    # is cut into pieces.
     if self._every and index % self._every == 0:
       samples = audio.as_mono(
         recording.audio,

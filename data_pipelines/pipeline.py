@@ -99,6 +99,7 @@ class Corpus:
     self.skipped: list[Skip] = []
     labels: list[list[int]] = []
     source_index: list[int] = []
+    # (None, where nothing is skipped, is in no list of ids.)
     unknown = tokenizer.special.unk if config.skip_unknown else None
     for index, utterance in enumerate(source.utterances):
       ids = tokenizer.encode(utterance.txt)
@@ -122,6 +123,7 @@ class Corpus:
       labels.append(ids)
       source_index.append(index)
     self._labels = _Labels(labels)
+    # From the plan's numbers, of usable utterances, to those of the source.
     self._source_index = np.array(source_index, np.int64)
     self._require_items(mixture)
 
@@ -178,6 +180,8 @@ class Corpus:
     for index, speed, number in draws:
       key = self.items[index].key
       try:
+        # A generator of its own: what is drawn for it hangs on no other
+        # utterance, on no worker and on no order.
         row = self._row(index, speed, make_rng(key, number))
         for step in steps:
           row = step(row)
@@ -186,6 +190,8 @@ class Corpus:
         seconds += self.items[index].seconds / speed
       except audio.AudioError as error:
         skipped.append(Skip(key, error.reason, str(error)))
+        # The row stays empty: were the others to move up, a bad file would
+        # change all batches behind it.
         rows.append(None)
     bins = self.config.features.num_mel_bins
     return HostBatch(
@@ -205,7 +211,9 @@ class Corpus:
         f'{self._min_input}; the sound is shorter than its manifest says',
       )
 
-  def _row(self, index, speed, rng) -> transforms.Row:
+  def _row(
+    self, index: int, speed: float, rng: np.random.Generator
+  ) -> transforms.Row:
     return transforms.Row(
       key=self.items[index].key,
       samples=self.samples(index),
@@ -218,8 +226,9 @@ class Corpus:
 class _Labels:
   """Token ids of many utterances; a tenth of the memory of tuples."""
 
-  def __init__(self, labels: Iterable[Sequence[int]]):
+  def __init__(self, labels: Iterable[Sequence[int]]) -> None:
     labels = list(labels)
+    # One flat array; labels of utterance i are [ends[i], ends[i + 1]).
     self._ends = np.cumsum([0, *map(len, labels)])
     ids = itertools.chain.from_iterable(labels)
     self._ids = np.fromiter(ids, np.int32, int(self._ends[-1]))
@@ -301,6 +310,7 @@ class TrainBatches:
       multiple=multiple,
     )
     self._multiple = multiple
+    # Planned in multiples of the run's own devices; padded to those of now.
     self.buckets = [plan.padded(b, multiple) for b in self.planned_buckets]
     self.epochs_together = plan.epochs_together(
       corpus.items, self.planned_buckets, config
@@ -312,6 +322,7 @@ class TrainBatches:
   def _set_up(self) -> None:
     """Makes what does not travel to another process."""
     self._lock = threading.Lock()
+    # Two: workers that are ahead may be in the next block already.
     self._block_plan = functools.lru_cache(maxsize=2)(self._plan)
 
   def __getstate__(self) -> dict[str, Any]:
@@ -345,6 +356,7 @@ class TrainBatches:
   def locate(self, number: int) -> tuple[int, plan.PlannedBatch]:
     """The epoch of a batch, and its plan for all hosts."""
     with self._lock:  # worker threads ask at the same time
+      # How many batches an epoch has is known only when it is planned.
       while self._starts[-1] <= number:
         epoch = len(self._starts) - 1
         self._starts.append(self._starts[-1] + len(self.epoch(epoch)))
@@ -358,6 +370,8 @@ class TrainBatches:
     planned = dataclasses.replace(planned, bucket=bucket)
 
     def make_rng(key: str, number: int) -> np.random.Generator:
+      # The round and not the epoch: the n-th time an utterance comes it gets
+      # the same, whatever else is mixed in.
       return plan.generator(self._seed, 'augment', number, key)
 
     return self._corpus.load(
@@ -384,6 +398,7 @@ class TrainBatches:
 
     dataset = grain.MapDataset.source(_Endless(self, start))
     if worker_type == 'process' and num_workers:
+      # Inside of each process one thread: the processes share the work.
       alone = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
       workers = grain.MultiprocessingOptions(num_workers=num_workers)
       return iter(dataset.to_iter_dataset(alone).mp_prefetch(workers))
@@ -402,6 +417,7 @@ class _Endless:
   start: int
 
   def __len__(self) -> int:
+    # Grain wants a length, and training has no end.
     return 2**40
 
   def __getitem__(self, index: Any) -> HostBatch:

@@ -77,6 +77,8 @@ class PlannedBatch:
 
 def generator(*parts: int | str) -> np.random.Generator:
   """A generator that depends on nothing but `parts`."""
+  # With a separator, so that (1, '23') and (12, '3') differ. Not `hash`, which
+  # gives something else in every process.
   text = '\x1f'.join(map(str, parts)).encode()
   digest = hashlib.blake2b(text, digest_size=16).digest()
   return np.random.default_rng(int.from_bytes(digest, 'little'))
@@ -125,6 +127,7 @@ def rejection(
     `too_short`, `too_long`, `too_few_tokens`, `too_many_tokens` or
     `labels_do_not_fit`.
   """
+  # At its shortest: whatever speed is drawn later, the utterance fits.
   fastest = num_frames(item.seconds, max(_speeds(config)), config.features)
   if item.seconds < config.min_seconds or fastest < min_input:
     return 'too_short'
@@ -170,11 +173,12 @@ def make_buckets(
   Raises:
     ConfigError: if `batch_sizes` are not as many as the buckets by frames.
   """
+  # Every utterance at every speed, since any of them may be drawn.
   factors = np.array(speeds, float)
   lengths = _all_num_frames(
     _seconds(items)[:, None], factors, config.features
   ).ravel()  # (items * speeds,)
-  tokens = np.repeat(_tokens(items), len(factors))
+  tokens = np.repeat(_tokens(items), len(factors))  # (items * speeds,)
   buckets: list[Bucket] = []
   low, most_tokens = -1, 0
   bounds = _least_padding(lengths, config.num_buckets)
@@ -183,7 +187,9 @@ def make_buckets(
     widths = _least_padding(inside, config.num_token_buckets)
     # A longer bucket takes whatever a shorter one can.
     most_tokens = max(most_tokens, _round_up(widths[-1], 4))
+    # Rounded down, so that the budget holds; but each device needs a row.
     size = max(1, rows // multiple) * multiple
+    # A set: boundaries that are equal once rounded are one shape.
     rounded = {_round_up(width, 4) for width in widths[:-1]} | {most_tokens}
     buckets += [Bucket(bound, width, size) for width in sorted(rounded)]
     low = bound
@@ -235,10 +241,13 @@ def _least_padding(
   choices = []
   for _ in range(num_buckets):
     # From boundary i to boundary j: all between are padded to candidate j.
+    # [i, j]; negative where j is below i, which is no step.
     step = (below[None, 1:] - below[:, None]) * candidates[None]
     reach = np.where(step >= 0, cost[:, None] + step, np.inf)
     choices.append(np.argmin(reach, axis=0))
     cost = np.concatenate([[0], np.min(reach, axis=0)])
+  # Back from the longest length, which must be a boundary. A boundary may come
+  # twice, where fewer do as well; hence the set.
   bounds, j = [], len(candidates)
   for choice in reversed(choices):
     if j:
@@ -300,6 +309,7 @@ def epochs_together(
   frames = _all_num_frames(_seconds(items), np.ones(()), config.features)
   chosen = _bucket_numbers(frames, items, np.arange(len(items)), buckets)
   sizes = np.array([bucket.batch_size for bucket in buckets])
+  # An utterance is one row of a batch of its bucket.
   batches = float(np.sum(1.0 / sizes[chosen]))
   epochs_per_batch = len(buckets) / batches
   if epochs_per_batch > _MOST_EPOCHS_PER_BATCH:
@@ -389,7 +399,7 @@ class _Draws:
   def __len__(self) -> int:
     return len(self.indices)
 
-  def __getitem__(self, chosen) -> '_Draws':
+  def __getitem__(self, chosen: slice | np.ndarray) -> '_Draws':
     return _Draws(
       self.indices[chosen], self.speeds[chosen], self.rounds[chosen]
     )
@@ -408,7 +418,14 @@ _NO_DRAWS = _Draws(*(np.zeros(0, int) for _ in range(3)))
 class _Planner:
   """One block: epoch after epoch, with what waits in each bucket."""
 
-  def __init__(self, items, buckets, config, seed, shares):
+  def __init__(
+    self,
+    items: Sequence[Item],
+    buckets: Sequence[Bucket],
+    config: config_lib.DataConfig,
+    seed: int,
+    shares: Sequence[float],
+  ) -> None:
     self._items = items
     self._buckets = list(buckets)
     self._config = config
@@ -421,18 +438,21 @@ class _Planner:
 
   def plan(self, epoch: int, *, last: bool) -> list[PlannedBatch]:
     """Batches that are full with this epoch; if it is the last, all."""
+    # Of the epoch alone: what is drawn does not hang on those before it.
     rng = generator(self._seed, 'plan', epoch)
     drawn = self._draw(rng, epoch)
     order = rng.permutation(len(drawn))
     short_first = epoch < self._config.short_first_epochs
     if short_first:
       seconds = self._seconds[drawn.indices[order]]
+      # Stable: equals stay shuffled.
       order = order[np.argsort(seconds, kind='stable')]
     batches = self._fill(drawn[order])
     if last:
       batches += self._flush()
     if short_first:
       return batches
+    # Shuffled, or batches of what was left over would always come last.
     return [batches[i] for i in rng.permutation(len(batches))]
 
   def _draw(self, rng: np.random.Generator, epoch: int) -> _Draws:
@@ -440,6 +460,7 @@ class _Planner:
       indices, rounds = _mix(self._items, self._shares, self._seed, epoch)
     else:
       indices = np.arange(len(self._items))
+      # Every item comes once an epoch, so the round is the epoch.
       rounds = np.full(len(indices), epoch)
     speeds = rng.integers(len(self._factors), size=len(indices))
     return _Draws(indices, speeds, rounds)
@@ -465,6 +486,8 @@ class _Planner:
       whole = len(inside) - len(inside) % size
       for start in range(0, whole, size):
         batch = self._planned(bucket, inside[start : start + size])
+        # A batch is due when its last utterance comes. What waited before is
+        # less than a batch, so that utterance is always one of this epoch.
         found.append((int(places[start + size - 1 - before]), batch))
       self._waiting[number] = inside[whole:]
     return [batch for _, batch in sorted(found, key=lambda pair: pair[0])]
@@ -483,6 +506,7 @@ class _Planner:
         batches.append(self._planned(bucket, inside[start : start + size]))
       carried = carried[~fits] + inside[whole:]
       self._waiting[number] = _NO_DRAWS
+    # The longest bucket holds everything, so only it can stay incomplete.
     if len(carried):
       batches.append(self._planned(self._buckets[-1], carried))
     return batches
@@ -505,6 +529,7 @@ def _bucket_numbers(
   """The first bucket that holds each item; ValueError names one without."""
   tokens = _tokens(items)[indices]
   numbers = np.full(len(frames), -1)
+  # From the largest on, so that the first one that fits is written last.
   for number in reversed(range(len(buckets))):
     bucket = buckets[number]
     fits = (frames <= bucket.max_frames) & (tokens <= bucket.max_tokens)
@@ -529,8 +554,11 @@ def _mix(
   for part, share in enumerate(shares):
     members = np.flatnonzero(parts == part)
     count = max(1, round(share * len(items)))
+    # The source without end, as places 0, 1, 2, ...; an epoch is a stretch of
+    # it, which may begin and end in the middle of a round.
     places = np.arange(epoch * count, (epoch + 1) * count)
     for number in np.unique(places // len(members)):
+      # A round is shuffled alike in each epoch that has a part of it.
       rng = generator(seed, 'mix', part, int(number))
       shuffled = members[rng.permutation(len(members))]
       inside = places[places // len(members) == number] % len(members)
@@ -547,6 +575,7 @@ def plan_once(
   """Plans an evaluation: sorted by length, speed 1, every item once."""
   frames = _all_num_frames(_seconds(items), np.ones(()), config.features)
   chosen = _bucket_numbers(frames, items, np.arange(len(items)), buckets)
+  # Neighbours are of like length, which leaves little padding.
   order = np.argsort(frames, kind='stable')
   batches = []
   for number, bucket in enumerate(buckets):

@@ -295,6 +295,7 @@ def _run(job: _Job, open_all: Callable[[], dict[str, sources.Source]]) -> bool:
       '--force would throw away what the other jobs of --shard have written; '
       f'remove {job.out} first'
     )
+  # Before the sources are opened, which takes long.
   if _is_done(job):
     return True
   opened = open_all()
@@ -344,6 +345,7 @@ def _plan(job: _Job, opened: Mapping[str, sources.Source]) -> pieces.Plan:
   settings = dataclasses.replace(
     job.settings, cmvn_every={assembly.TRAIN: every}
   )
+  # A list that has changed since would give pieces that do not fit together.
   fingerprints = [sources.fingerprint(source) for source in opened.values()]
   return pieces.Plan(
     identity=job.identity,
@@ -364,6 +366,7 @@ def _enter(job: _Job, staging: pathlib.Path, plan: pieces.Plan) -> None:
   there = pieces.read_plan(staging)
   if there is not None and there.digest != plan.digest and job.force:
     shutil.rmtree(staging)
+  # Another job may write at the same moment: what is there in the end counts.
   assembly.write_plan(staging, plan)
   there = pieces.read_plan(staging)
   if there is None or there.digest != plan.digest:
@@ -380,6 +383,7 @@ def _write_own(
   plan: pieces.Plan,
 ) -> None:
   """Writes this job's pieces, but for those that are there."""
+  # Every N-th and not a stretch, so that each job has its share of every split.
   own = plan.pieces()[job.shard.index :: job.shard.count]
   whole = [p for p in own if pieces.is_whole(staging, p, plan.digest)]
   if whole:
@@ -461,6 +465,8 @@ def _write_all(
     worth = sum(map(len, todo)) >= _WORTH_PROCESSES
     num_workers = processes.num_cores() if worth else 0
   before = bar.n
+  # One by one, as the processes take them: each piece is sent its own part of
+  # the list.
   items = (
     (piece, sources.select(opened[piece.split], piece.first, piece.last))
     for piece in todo

@@ -59,6 +59,7 @@ def run(
     return
   # Spawned and not forked: this process may hold threads, JAX's among them.
   context = multiprocessing.get_context('spawn')
+  # Shared memory, so that progress costs no messages.
   counter, stop = context.Value('q', 0), context.Event()
   pool = futures.ProcessPoolExecutor(
     num_workers,
@@ -67,10 +68,12 @@ def run(
     initargs=(work, counter, stop),
   )
   try:
+    # Items may hold a part of the corpus, so they are made as they are needed.
     todo = iter(items)
     first = itertools.islice(todo, _AHEAD * num_workers)
     waiting = {pool.submit(_do, item) for item in first}
     while waiting:
+      # The time limit is for the progress, which moves within an item too.
       done, waiting = futures.wait(
         waiting, timeout=_POLL_SECONDS, return_when=futures.FIRST_COMPLETED
       )
@@ -89,7 +92,11 @@ def run(
     pool.shutdown(cancel_futures=True)
 
 
-def _run_here(work, items, on_progress):
+def _run_here(
+  work: Callable[[_Item, _Tick], _Result],
+  items: Iterable[_Item],
+  on_progress: Callable[[int], None],
+) -> Iterator[_Result]:
   count = 0
 
   def tick() -> None:
@@ -120,7 +127,9 @@ def _end_with_parent() -> None:
   """Ends this process when its parent has been killed."""
   parent = multiprocessing.parent_process()
   if parent is not None:
+    # Of a parent that is killed nobody tells its children; the sentinel does.
     connection.wait([parent.sentinel])
+    # Not sys.exit, which would end this thread only.
     os._exit(1)
 
 

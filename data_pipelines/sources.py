@@ -160,6 +160,7 @@ class JoinedSource:
     self.utterances: Sequence[manifest.Utterance] = _Joined(
       self._parts, self._ends
     )
+    # Hashes: a set of the keys would take more than ten times the memory.
     hashes = np.fromiter(
       (hash(item.key) for item in self.utterances), np.int64, len(self)
     )
@@ -206,6 +207,7 @@ class _Joined(manifest.OnDemand):
     return part.utterances[own]
 
   def __iter__(self) -> Iterator[manifest.Utterance]:
+    # In turn, without looking for the part of each number.
     for part in self._parts:
       yield from part.utterances
 
@@ -225,6 +227,7 @@ def _locate(
   """The part an utterance is in, and its number there."""
   if not 0 <= index < ends[-1]:
     raise IndexError(f'{index} is not in [0, {ends[-1]})')
+  # `right`: the end of a part is the first number of the next.
   number = int(np.searchsorted(ends, index, side='right'))
   part = parts[number]
   return part, index - int(ends[number]) + len(part)
@@ -402,6 +405,7 @@ def _measure(source: Source) -> None:
   """Fills in durations from headers, as far as they can be read."""
   table = source.utterances
   if not isinstance(table, manifest.Table):
+    # As a table, which keeps durations as an array that can be filled in.
     table = source.utterances = manifest.table(table)
   unknown = table.unmeasured()
   if not unknown:

@@ -48,6 +48,7 @@ def compute_cmvn(
 
   with futures.ThreadPoolExecutor(num_workers or os.cpu_count()) as pool:
     each = pool.map(one, range(0, len(source), step))
+    # `map` gives results in the order asked for: sums of floats depend on it.
     stats = functools.reduce(cmvn.merge, each)
   if not stats.count:
     raise ValueError(

@@ -94,6 +94,7 @@ def write_corpus(
   folder.mkdir(parents=True, exist_ok=True)
   utterances = []
   for index in range(num_utterances):
+    # Of its own, so that an utterance stays the same in a larger corpus.
     rng = np.random.default_rng([seed, index])
     key, txt = f'tones-{seed}-{index:04d}', text(rng)
     samples = utterance(txt, rng=rng, sample_rate=sample_rate)

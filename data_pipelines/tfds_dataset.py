@@ -136,6 +136,7 @@ def write_metadata(
     builder=identity,
     description='Utterances with transcripts.',
     features=_features()[0],
+    # Record i of the data is line i of the index.
     disable_shuffling=True,
   )
   info.set_file_format(_FILE_FORMAT)
@@ -370,6 +371,7 @@ def read_index(path: str | os.PathLike[str], split: str) -> manifest.Table:
   """
   folder = _require_split(path, split)
   data = (folder / index_name(split)).read_bytes()
+  # Found in the bytes, without an object for each line.
   ends = np.flatnonzero(np.frombuffer(data, np.uint8) == ord('\n'))
   starts = np.concatenate([[0], ends[:-1] + 1])[: len(ends)]
   rows = np.stack([starts, ends], axis=1)
@@ -425,6 +427,7 @@ class Recordings:
     """Reads one recording; IndexError if there is none of that number."""
     if not 0 <= index < self._length:
       raise IndexError(f'{index} is not in [0, {self._length})')
+    # Opened where it is read: an open file cannot be sent to another process.
     if self._source is None:
       self._source = self._open()
     fields = self._source[index]

@@ -105,6 +105,7 @@ class Fbank:
   dither: bool
 
   def __call__(self, row: Row) -> Row:
+    # Dither is noise, and an evaluation should say the same each time.
     rng = row.rng if self.dither else None
     frames = fbank.fbank(row.samples, self.features, rng=rng)
     return dataclasses.replace(row, frames=frames, samples=row.samples[:0])

@@ -64,6 +64,7 @@ def reverberate(
   response = response.astype(np.float32)
   wet = _convolve(samples, response)
   direct = int(np.argmax(np.abs(response)))
+  # What comes before the direct sound is delay, which would move the words.
   wet = wet[direct : direct + len(samples)]
   power = _power(wet)
   if power == 0.0:
@@ -76,6 +77,8 @@ def _convolve(
 ) -> Float[np.ndarray, 'longer']:
   from scipy import fft  # slower to import than the rest of the package
 
+  # Room for the whole tail: a Fourier transform of less would wrap it round to
+  # the beginning.
   length = len(samples) + len(response) - 1
   size = fft.next_fast_len(length, real=True)
   spectrum = fft.rfft(samples, size) * fft.rfft(response, size)
@@ -96,6 +99,7 @@ def coloured_noise(
   spectrum = fft.rfft(white, size)
   frequencies = np.arange(len(spectrum), dtype=np.float32)
   frequencies[0] = np.inf  # no offset
+  # Half the slope: power is the square of the amplitude.
   spectrum *= frequencies ** np.float32(-slope / 2)
   return fft.irfft(spectrum, size)[:num_samples]
 
@@ -117,7 +121,9 @@ def room_response(
   num_samples = max(1, round(seconds * sample_rate))
   times = np.arange(num_samples, dtype=np.float32) / sample_rate
   tail = rng.standard_normal(num_samples, np.float32)
+  # 60 dB of power are a factor of 1000 in amplitude.
   tail *= 10.0 ** (-3.0 * times / seconds)
+  # Nothing is heard between the direct sound and the nearest wall.
   tail[times < _FIRST_REFLECTION_SECONDS] = 0.0
   ratio = 10.0 ** (-rng.uniform(*_DIRECT_TO_REVERBERANT_DB) / 10.0)
   energy = float(np.sum(np.square(tail)))

@@ -6,6 +6,7 @@ it, prepare it first: speaking takes longer than reading.
 
 from collections.abc import Sequence
 import threading
+from typing import Any
 
 from jaxtyping import Float
 from jaxtyping import Int16
@@ -93,9 +94,9 @@ class SpokenSource:
     chosen = self._scripts[first:last]
     return SpokenSource(chosen, sample_rate=self._sample_rate)
 
-  def __getstate__(self):
+  def __getstate__(self) -> dict[str, Any]:
     return {k: v for k, v in self.__dict__.items() if k != '_lock'}
 
-  def __setstate__(self, state):
+  def __setstate__(self, state: dict[str, Any]) -> None:
     self.__dict__.update(state)
     self._lock = threading.Lock()

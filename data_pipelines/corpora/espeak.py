@@ -326,6 +326,7 @@ def _babble(
   for text in grammar.sentences(rng, _BABBLE_VOICES):
     style = _draw_style(*pairs[rng.integers(len(pairs))], rng)
     talk = _say(text, style)
+    # A voice begins anywhere in its sentence, and is repeated to the end.
     talk = np.roll(talk, rng.integers(len(talk)))
     total += np.resize(talk / np.sqrt(np.mean(np.square(talk))), num_samples)
   return total
@@ -371,9 +372,11 @@ def _speak(engine: Any, text: str) -> Int16[np.ndarray, 'samples']:
 
   def receive(samples: Any, count: int, _: Any) -> int:
     if samples and count > 0:
+      # Copied: the engine's buffer is gone when the callback returns.
       pieces.append(np.ctypeslib.as_array(samples, (count,)).copy())
     return 0
 
+  # Held in a variable until the end: ctypes would let go of it.
   callback = _callback_type()(receive)
   engine.espeak_SetSynthCallback(callback)
   data = text.encode() + b'\0'
@@ -416,6 +419,7 @@ def _loaded_engine() -> Iterator[tuple[Any, int]]:
 def _require_unloaded(path: str) -> None:
   """Refuses to go on with an engine that remembers what it has spoken."""
   try:
+    # With this flag it opens only what is loaded already.
     held = ctypes.CDLL(path, mode=os.RTLD_NOLOAD)
   except OSError:
     return

@@ -53,6 +53,7 @@ def _utterances(folder: pathlib.Path) -> Iterator[manifest.Utterance]:
   speakers = _optional(folder / 'utt2spk')
   durations = _optional(folder / 'utt2dur')
   for key, wav, extra, problem in _sounds(folder):
+    # What is left in the end has no sound.
     line = texts.pop(key, None)
     if key in speakers:
       extra['speaker'] = speakers[key].rest
@@ -105,6 +106,7 @@ def _recording(
       'ark,scp:wav.ark,new.scp, and put new.scp in its place'
     )
   match = _IN_ARCHIVE.fullmatch(line.rest)
+  # A name may really have a colon and digits in it.
   if match is None or os.path.exists(line.rest):
     return sources.resolve(line.rest, folder), {}
   return _in_archive(match, line, folder)
@@ -125,6 +127,7 @@ def _in_archive(
       f'{line.where}: there is no WAV file at byte {offset} of {path}; write '
       'the archive with wav-copy, without compression'
     )
+  # An archive does not say where a file in it ends; the file itself does.
   size = int.from_bytes(header[4:], 'little') + _RIFF_HEADER
   return path, {'offset': offset, 'size': size}
 

@@ -98,6 +98,7 @@ def _chapter(
         yield manifest.Utterance(line.key, '', line.rest, extra, problem)
       else:
         yield keyed_lines.transcribed(line, wav, line.rest, extra)
+  # What no transcript has taken.
   for key, wav in sounds.items():
     problem = keyed_lines.no_text(key, folder)
     yield manifest.Utterance(key, wav, '', extra, problem)

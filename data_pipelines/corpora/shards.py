@@ -97,6 +97,8 @@ def _scan_all(tars: Sequence[str]) -> dict[str, _Entry]:
 
 def _scan(tar: str) -> _Entry:
   """Reads the headers and transcripts of a tar file."""
+  # The stamp comes first: of a file that changes meanwhile it is too old, and
+  # the file is indexed again.
   stamp, members = _stamp(tar), _Members(tar)
   try:
     # Not `r:*`: a compressed archive has no random access.
@@ -133,6 +135,7 @@ class _Members:
   def add(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
     """Takes note of a file."""
     key, _, ending = member.name.rpartition('.')
+    # (`tar -c .` writes such names.)
     key = key.removeprefix('./')
     if ending == 'txt':
       file = archive.extractfile(member)

@@ -141,6 +141,7 @@ class TfdsSource:
     number, record = self._latest
     if number != index:
       record = self._records()[index]
+      # A record is asked for its text and then for its sound.
       self._latest = (index, record)
     return record
 
@@ -155,6 +156,7 @@ class TfdsSource:
     key = key or f'{self._split}-{index:08d}'
     problem = None
     try:
+      # It is in the record anyway, and nothing else tells how long it is.
       samples, rate = self._sound(record)
       extra['duration'] = len(samples) / rate
     except audio.AudioError as error:
@@ -169,6 +171,7 @@ class TfdsSource:
 
   def _sound(self, record: Mapping[str, Any]) -> tuple[np.ndarray, float]:
     value = _get(record, self._fields['audio'])
+    # The file as it was, still encoded.
     if isinstance(value, bytes):
       try:
         return soundfile.read(io.BytesIO(value), dtype='float32')

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 
+from u2moe_jax.array_types import Array
 from u2moe_jax.array_types import PyTree
 
 
@@ -25,9 +26,9 @@ def average(trees: Iterable[PyTree]) -> PyTree:
   return jax.tree.map(lambda x: x / count if _is_float(x) else x, total)
 
 
-def _is_float(x) -> bool:
+def _is_float(x: Array) -> bool:
   return jnp.issubdtype(x.dtype, jnp.floating)
 
 
-def _add(a, b):
+def _add(a: Array, b: Array) -> Array:
   return a + b if _is_float(a) else a

@@ -85,6 +85,7 @@ def _or_missing(shape: tuple[int, ...] | None) -> str:
 
 def first_line(error: BaseException) -> str:
   """The first line of a message; the class where there is none."""
+  # TensorStore appends a page of its own state to each message.
   text, _, _ = str(error).partition('See full TensorStore details')
   lines = text.strip().splitlines()
   return lines[0] if lines else type(error).__name__

@@ -169,6 +169,7 @@ def _write(
   if processes.is_first():
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
+  # Nobody writes before the folder is there, or goes on before it has its name.
   processes.wait(f'begin {path}')
   save(unfinished)
   if processes.is_first():
@@ -188,7 +189,12 @@ def require_replaceable(path: Path) -> None:
     )
 
 
-def _write_rest(unfinished, description, tokens, extras) -> None:
+def _write_rest(
+  unfinished: pathlib.Path,
+  description: Description,
+  tokens: Path | None,
+  extras: Mapping[str, Path],
+) -> None:
   """Writes all but the arrays."""
   if tokens is not None:
     shutil.copytree(tokens, unfinished / 'tokens')
@@ -353,7 +359,9 @@ def abstract_variables(
   if sharding is None:
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   tree = {
+    # (The modules box parameters with axis names; a file has plain arrays.)
     'params': nn.meta.unbox(
+      # Traced only: no parameter is drawn.
       jax.eval_shape(lambda key: u2.init_params(model, key), jax.random.key(0))
     ),
     'buffers': jax.eval_shape(lambda: u2.init_buffers(config)),
@@ -402,6 +410,7 @@ def restore_moments(
   """
   assert found.moments is not None
   count = jax.ShapeDtypeStruct((), np.int32, sharding=everywhere)
+  # Adam's two moments have the shapes of the parameters.
   target = {'mu': params, 'nu': params, 'count': count}
   return _restore(found.moments, target)
 

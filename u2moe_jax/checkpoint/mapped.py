@@ -53,6 +53,7 @@ def write(folder: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
   index: dict[str, dict[str, Any]] = {}
   with (folder / _DATA).open('wb') as file:
     for path, array in arrays:
+      # Zeros up to the next multiple.
       file.write(bytes(-file.tell() % ALIGNMENT))
       index[path] = {
         'dtype': array.dtype.name,
@@ -75,6 +76,7 @@ def read(folder: Path) -> dict[str, np.ndarray]:
   file = folder / _DATA
   needed = max(entry.offset + entry.num_bytes for entry in index.values())
   try:
+    # Reading behind the end of a mapped file kills the process.
     size = file.stat().st_size
     if size < needed:
       raise contents.CheckpointError(

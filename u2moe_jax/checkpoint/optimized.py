@@ -40,6 +40,7 @@ def optimize(
       'choose another place'
     )
   model = found.description.model
+  # Before anything is written: conversion reads array by array.
   contents.require_fit(found.params, directory.abstract_variables(model))
   reader = single.Reader(found.params)
   description = dataclasses.replace(

@@ -49,6 +49,7 @@ def gather(value: Any) -> Sequence[Any]:
   """
   if jax.process_count() == 1:
     return [value]
+  # An allgather takes arrays of one shape: bytes, padded to the longest.
   text = np.frombuffer(json.dumps(value).encode(), np.uint8)
   lengths = multihost_utils.process_allgather(np.int32(len(text)))
   padded = np.zeros(int(np.max(lengths)), np.uint8)

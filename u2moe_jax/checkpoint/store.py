@@ -82,6 +82,7 @@ class Store:
       policies.LatestN(keep_last),
       policies.BestN(
         get_metric_fn=_word_error_rate,
+        # The lowest WER is the best.
         reverse=True,
         n=keep_best,
         keep_checkpoints_without_metrics=False,
@@ -119,6 +120,7 @@ class Store:
     Raises:
       SaveError: if this save, or the one before it, failed.
     """
+    # One save at a time; what went wrong with the last one is told now.
     self.wait()
     try:
       self._manager.save(
@@ -133,6 +135,7 @@ class Store:
           }
         ),
         metrics=None if wer is None else {'wer': float(wer)},
+        # The caller knows when to save; the manager need not agree.
         force=True,
       )
     except Exception as error:
@@ -206,11 +209,13 @@ class Store:
         restored = self.restore(
           step, params=params, buffers=buffers, opt_state=opt_state
         )
+      # Older steps are of the same other model, and nothing is damaged.
       except contents.MisfitError:
         raise
       except Exception as error:  # Orbax raises many kinds for damaged files
         unreadable[step] = contents.first_line(error)
         continue
+      # Moved only now: with nothing readable the user should find all in place.
       for each, reason in unreadable.items():
         self._set_aside(each, reason, instead=step)
       return restored
@@ -236,6 +241,7 @@ class Store:
       target.parent.mkdir(exist_ok=True)
       (self._folder / str(step)).rename(target)
     processes.wait(f'set aside {step}')
+    # The manager remembers what it saw when it was opened.
     self._manager.reload()
 
   def wer(self, step: int) -> float | None:
@@ -246,6 +252,7 @@ class Store:
     """Adds the dev WER to a step that was saved without one."""
     self.wait()
     if processes.is_first():
+      # By a rename, so that a step has its metrics whole or not at all.
       unfinished = self._folder / str(step) / 'metrics.unfinished'
       shutil.rmtree(unfinished, ignore_errors=True)
       unfinished.mkdir()

@@ -99,6 +99,7 @@ def align(
   rows = batch.features.shape[0]
   longest = max((len(row) for row in labels), default=0)
   size = -(-max(longest, 1) // _LABEL_STEP) * _LABEL_STEP
+  # As many rows as the batch has, those behind the utterances without labels.
   padded = np.full((rows, size), -1, np.int32)
   for row, ids in enumerate(labels):
     padded[row, : len(ids)] = ids
@@ -118,8 +119,15 @@ def align(
   ]
 
 
-def _read(recognizer, found, row, ids, num_frames) -> Aligned:
+def _read(
+  recognizer: recognizer_lib.Recognizer,
+  found: alignment.Alignment,
+  row: int,
+  ids: list[int],
+  num_frames: int,
+) -> Aligned:
   if not found.feasible[row]:
+    # Equal neighbours need a blank between them, hence a frame more.
     repeats = sum(a == b for a, b in itertools.pairwise(ids))
     return failed(
       f'{len(ids)} tokens, {repeats} of them repeated, need '

@@ -68,9 +68,12 @@ def align(
   can_skip = _can_skip(states, blank_id=blank_id)
   log_probs = log_probs.astype(jnp.float32)
 
-  def forward(scores, frame):
+  # Only the step is kept for each frame, an integer: the way is found backward.
+  def forward(
+    scores: Float[Array, 'B S'], frame: tuple[Array, Array]
+  ) -> tuple[Float[Array, 'B S'], Int[Array, 'B S']]:
     values, valid = frame
-    emission = jnp.take_along_axis(values, states, axis=1)
+    emission = jnp.take_along_axis(values, states, axis=1)  # [B, S]
     best, moves = _best_way(scores, can_skip)
     scores = jnp.where(valid[:, None], best + emission, scores)
     return scores, jnp.where(valid[:, None], moves, 0)
@@ -79,16 +82,19 @@ def align(
   # blank and the first label can be reached.
   first = jnp.where(jnp.arange(states.shape[1])[None] == 0, 0.0, _NEVER)
   first = jnp.broadcast_to(first, states.shape).astype(jnp.float32)
-  frames = jnp.swapaxes(log_probs, 0, 1), mask.T
+  frames = jnp.swapaxes(log_probs, 0, 1), mask.T  # [T, B, V], [T, B]
   scores, moves = lax.scan(forward, first, frames)  # moves [T, B, S]
 
   last = 2 * label_mask.sum(axis=1)  # the blank behind the last label
   ends = jnp.stack([last, jnp.maximum(last - 1, 0)], axis=1)  # [B, 2]
-  values = jnp.take_along_axis(scores, ends, axis=1)
+  values = jnp.take_along_axis(scores, ends, axis=1)  # [B, 2]
+  # A path may end in the last label or in the blank behind it.
   state = jnp.where(values[:, 0] >= values[:, 1], ends[:, 0], ends[:, 1])
 
-  def backward(state, moves):
-    moved = jnp.take_along_axis(moves, state[:, None], axis=1)[:, 0]
+  def backward(
+    state: Int[Array, 'B'], moves: Int[Array, 'B S']
+  ) -> tuple[Int[Array, 'B'], Int[Array, 'B']]:
+    moved = jnp.take_along_axis(moves, state[:, None], axis=1)[:, 0]  # [B]
     return state - moved, state
 
   _, path = lax.scan(backward, state, moves, reverse=True)  # [T, B]
@@ -97,21 +103,32 @@ def align(
   return _read(path.T, log_probs, mask, labels, label_mask, feasible, score)
 
 
-def _states(labels, label_mask, *, blank_id) -> Int[Array, 'B S']:
+def _states(
+  labels: Int[Array, 'B U'], label_mask: Bool[Array, 'B U'], *, blank_id: int
+) -> Int[Array, 'B S']:
   """Blank, label, blank, ..., label, blank."""
+  # Padding becomes blanks behind the end; the path ends before them.
   labels = jnp.where(label_mask, labels, blank_id)
   blanks = jnp.full_like(labels, blank_id)
-  pairs = jnp.stack([blanks, labels], axis=2).reshape(len(labels), -1)
-  return jnp.pad(pairs, ((0, 0), (0, 1)), constant_values=blank_id)
+  pairs = jnp.stack([blanks, labels], axis=2).reshape(
+    len(labels), -1
+  )  # [B, 2 U]
+  return jnp.pad(pairs, ((0, 0), (0, 1)), constant_values=blank_id)  # [B, S]
 
 
-def _can_skip(states, *, blank_id) -> Bool[Array, 'B S']:
+def _can_skip(
+  states: Int[Array, 'B S'], *, blank_id: int
+) -> Bool[Array, 'B S']:
   """Where the blank in front may be left out: between different labels."""
+  # Two states back stands the label before; equal labels need their blank, or
+  # they would read as one.
   before = jnp.pad(states, ((0, 0), (2, 0)), constant_values=-1)[:, :-2]
   return (states != blank_id) & (states != before)
 
 
-def _best_way(scores, can_skip):
+def _best_way(
+  scores: Float[Array, 'B S'], can_skip: Bool[Array, 'B S']
+) -> tuple[Float[Array, 'B S'], Int[Array, 'B S']]:
   """The best state to come from: its score, and how many states back it is."""
   shift = lambda by: jnp.pad(scores, ((0, 0), (by, 0)), constant_values=_NEVER)[
     :, : scores.shape[1]
@@ -119,10 +136,19 @@ def _best_way(scores, can_skip):
   ways = jnp.stack(
     [scores, shift(1), jnp.where(can_skip, shift(2), _NEVER)], axis=-1
   )
+  # argmax takes the first of equals: to stay, that is to have moved on before.
   return ways.max(axis=-1), jnp.argmax(ways, axis=-1).astype(jnp.int32)
 
 
-def _read(path, log_probs, mask, labels, label_mask, feasible, score):
+def _read(
+  path: Int[Array, 'B T'],
+  log_probs: Float[Array, 'B T V'],
+  mask: Bool[Array, 'B T'],
+  labels: Int[Array, 'B U'],
+  label_mask: Bool[Array, 'B U'],
+  feasible: Bool[Array, 'B'],
+  score: Float[Array, 'B'],
+) -> Alignment:
   """Turns a path of states into the spans of the labels."""
   batch, num_frames = mask.shape
   count = labels.shape[1]
@@ -130,11 +156,13 @@ def _read(path, log_probs, mask, labels, label_mask, feasible, score):
   # Blanks, padding and what cannot be aligned fall off the end.
   place = jnp.where((path % 2 == 1) & mask, path // 2, count)  # [B, T]
   rows = jnp.arange(batch)[:, None]
-  frames = jnp.broadcast_to(jnp.arange(num_frames)[None], place.shape)
+  frames = jnp.broadcast_to(jnp.arange(num_frames)[None], place.shape)  # [B, T]
   gather = lambda start: jnp.full((batch, count), start, jnp.int32)
+  # min and max over the run of each label; odd states are labels.
   starts = gather(num_frames).at[rows, place].min(frames, mode='drop')
   ends = gather(0).at[rows, place].max(frames + 1, mode='drop')
 
+  # (Frames of blanks read some label here; their place drops the result.)
   ids = jnp.take_along_axis(
     labels, jnp.minimum(place, max(count - 1, 0)), axis=1, mode='clip'
   )
@@ -147,6 +175,7 @@ def _read(path, log_probs, mask, labels, label_mask, feasible, score):
   is_peak = values == jnp.take_along_axis(
     best, jnp.minimum(place, max(count - 1, 0)), axis=1, mode='clip'
   )
+  # Of equally probable frames the first.
   peaks = (
     gather(num_frames)
     .at[rows, jnp.where(is_peak, place, count)]

@@ -123,6 +123,8 @@ def attention_beam_search(
     first and second.
   """
   limits = jnp.minimum(max_lengths, max_steps)
+  # A penalty can raise what is behind above what has ended, so then nobody may
+  # stop early. It is traced, so this is a where and no branch.
   wanted = jnp.where(
     jnp.asarray(length_penalty) == 0, beam if nbest is None else nbest, beam
   )
@@ -132,11 +134,11 @@ def attention_beam_search(
   # their limit, and each step reads the whole cache.
   for room in _rooms(max_steps):
 
-    def is_running(state, room=room):
+    def is_running(state: SearchState, room: int = room) -> Bool[Array, '']:
       running = _running(state, limits, wanted)
       return running.any() & (state.position < room)
 
-    def body(state, room=room):
+    def body(state: SearchState, room: int = room) -> SearchState:
       running = _running(state, limits, wanted)
       return _step(
         step_fn, state, running, room=room, sos_id=sos_id, eos_id=eos_id
@@ -165,12 +167,13 @@ def _init_state(
   cache: Any, batch: int, *, beam: int, max_steps: int
 ) -> SearchState:
   """One empty hypothesis for each utterance."""
+  # One live hypothesis: N equal ones would find the same N continuations each.
   scores = jnp.where(jnp.arange(beam) == 0, 0.0, -jnp.inf)
   scores = scores.astype(jnp.float32)
   return SearchState(
     position=jnp.zeros((), jnp.int32),
     tokens=jnp.full((batch, beam, max_steps), _PADDING, jnp.int32),
-    scores=jnp.tile(scores, (batch, 1)),
+    scores=jnp.tile(scores, (batch, 1)),  # [B, N]
     finished=jnp.zeros((batch, beam), bool),
     margin=jnp.full((batch,), jnp.inf, jnp.float32),
     ancestry=jnp.full((batch, beam, max_steps), -1, jnp.int32),
@@ -203,14 +206,17 @@ def _step(
   """Extends every hypothesis by one token and keeps the best."""
   batch, beam, _ = state.tokens.shape
   running = running[:, None]  # [B, 1]
-  places = jnp.broadcast_to(jnp.arange(beam)[None], (batch, beam))
+  places = jnp.broadcast_to(jnp.arange(beam)[None], (batch, beam))  # [B, N]
+  # What this step writes for a hypothesis goes to its own place; only then do
+  # hypotheses change places.
   ancestry = lax.dynamic_update_index_in_dim(
     state.ancestry, places, state.position, axis=2
   )
-  previous = lax.dynamic_index_in_dim(
+  previous = lax.dynamic_index_in_dim(  # [B, N]
     state.tokens, jnp.maximum(state.position - 1, 0), axis=2, keepdims=False
   )
   previous = jnp.where(state.position == 0, sos_id, previous)
+  # Any valid token does: the result is thrown away below.
   previous = jnp.where(previous == _PADDING, eos_id, previous)  # not running
   inputs = decoder.StepInputs(
     tokens=previous,
@@ -221,15 +227,19 @@ def _step(
   said = step_fn(inputs, state.cache)
 
   scores, parents, tokens, gap = _choose(state, said.log_probs, eos_id=eos_id)
+  # An utterance that has stopped keeps its hypotheses where they are.
   parents = jnp.where(running, parents, places)
-  take = lambda field: jnp.take_along_axis(field, parents, axis=1)
-  follow = lambda field: jnp.take_along_axis(field, parents[..., None], axis=1)
+  take = lambda field: jnp.take_along_axis(field, parents, axis=1)  # [B, N]
+  follow = lambda field: jnp.take_along_axis(
+    field, parents[..., None], axis=1
+  )  # [B, N, U]
   history = lax.dynamic_update_index_in_dim(
     follow(state.tokens),
     jnp.where(running, tokens, _PADDING),
     state.position,
     axis=2,
   )
+  # A router's choice for a dead hypothesis decides nothing.
   inside = jnp.where(inputs.live, said.margin, jnp.inf).min(axis=1)
   gap = jnp.minimum(gap, inside)
   ended = take(state.finished) | (running & (tokens == eos_id))
@@ -258,11 +268,14 @@ def _choose(
   batch, beam, vocabulary = log_probs.shape
   offers = min(beam + 1, vocabulary)
   values, tokens = lax.top_k(log_probs.astype(jnp.float32), offers)
+  # A finished hypothesis offers itself once, at the price of nothing.
   closing = jnp.where(jnp.arange(offers) == 0, 0.0, -jnp.inf)[None, None]
-  finished = state.finished[..., None]
+  finished = state.finished[..., None]  # [B, N, 1]
   values = jnp.where(finished, closing, values)
   tokens = jnp.where(finished, eos_id, tokens)
-  candidates = (state.scores[..., None] + values).reshape(batch, -1)
+  candidates = (state.scores[..., None] + values).reshape(
+    batch, -1
+  )  # [B, N * offers]
   missing = max(beam + 1 - beam * offers, 0)  # a vocabulary of one
   candidates = jnp.pad(
     candidates, ((0, 0), (0, missing)), constant_values=-jnp.inf
@@ -297,7 +310,8 @@ def _finish(
   take = lambda field: jnp.take_along_axis(field, order, axis=1)
   scores = take(scores)
   tokens = jnp.where(is_token & valid[..., None], state.tokens, _PADDING)
-  tokens = jnp.take_along_axis(tokens, order[..., None], axis=1)
+  tokens = jnp.take_along_axis(tokens, order[..., None], axis=1)  # [B, N, U]
+  # Slices, so that a beam of one has no gap and its min is inf.
   gap = jnp.where(
     scores[:, :1] > -jnp.inf, scores[:, :1] - scores[:, 1:2], jnp.inf
   )

@@ -8,7 +8,8 @@ import itertools
 
 import numpy as np
 
-# Padded lengths grow by this factor: few shapes compile, little is padded.
+# Padded lengths begin here and grow by this factor: few shapes compile, little
+# is padded.
 _SHORTEST_FRAMES = 100
 _LENGTH_GROWTH = 1.4
 _MAX_ROWS = 64
@@ -50,7 +51,10 @@ def plan(
   start = 0
   while start < len(order):
     frames = padded[order[start]]
+    # A batch has a budget in frames, so memory does not hang on the lengths; at
+    # least one row for each device.
     rows = max(1, min(_MAX_ROWS * parts, max_frames // frames) // parts) * parts
+    # In order of length those of one shape stand together.
     indices = [i for i in order[start : start + rows] if padded[i] == frames]
     # A lone utterance keeps a shape of its own, so transcribe() is not
     # charged for empty rows.
@@ -77,6 +81,7 @@ def _merged(padded: Sequence[int], max_frames: int) -> list[int]:
   for size, longer in itertools.pairwise(sizes):
     if counts[size] * longer <= max_frames:
       counts[longer] += counts[size]
+      # What had been moved to this size before moves on with it.
       chosen |= {each: longer for each in sizes if chosen[each] == size}
   return [chosen[size] for size in padded]
 

@@ -100,6 +100,7 @@ def init_state(
   jax.jit,
   static_argnums=0,
   static_argnames='blank_penalty',
+  # XLA may write the new state where the old one was.
   donate_argnames='state',
 )
 def step(
@@ -127,8 +128,10 @@ def step(
     blank_penalty: subtracted from the blank logit.
     graph: hotwords, if the state was made with them.
   """
+  # Here and not in a program of its own: rows begin anew at any chunk.
   state = _restart(state, fresh)
   variables = {'params': params}
+  # Before the chunk moves it on: where the new frames go in `frames`.
   first = state.cache.offset
   encoded, cache = model.apply(
     variables, features, num_valid, buffers, state.cache, method='encode_chunk'
@@ -169,7 +172,7 @@ def _restart(state: StreamState, fresh: Bool[Array, 'B']) -> StreamState:
     with_hotwords=state.beams.beams.words is not None,
   )
 
-  def choose(new, old, axis=0):
+  def choose(new: Array, old: Array, axis: int = 0) -> Array:
     shape = [1] * old.ndim
     shape[axis] = batch
     return jnp.where(fresh.reshape(shape), new, old)
@@ -201,6 +204,7 @@ def _keep(
   batch, room, _ = frames.shape
   place = first[:, None] + jnp.arange(new.shape[1])[None]
   place = jnp.where(mask, place, room)  # or dropped
+  # Each row writes at its own place, since streams begin at different times.
   rows = jnp.arange(batch)[:, None]
   return frames.at[rows, place].set(new, mode='drop')
 
@@ -226,10 +230,18 @@ def read_row(
 
 
 @functools.partial(jax.jit, static_argnames='num_frames')
-def _read_row(heard, row, *, num_frames, graph):
+def _read_row(
+  heard: tuple[prefix_beam.BeamState, Array, Array, Array],
+  row: Int[Array, ''],
+  *,
+  num_frames: int,
+  graph: hotwords.HotwordGraph | None,
+) -> tuple[hypotheses.Hypotheses, Float[Array, '1 T D'], Bool[Array, '1 T']]:
+  # A slice of one keeps the batch axis, so the programs of a batch apply.
   pick = lambda x: lax.dynamic_slice_in_dim(x, row, 1, axis=0)
   beams, margin, offset, frames = jax.tree.map(pick, heard)
   found = prefix_beam.finish(beams, graph=graph)
+  # Behind them may stand frames of an earlier segment.
   mask = jnp.arange(num_frames)[None] < offset[:, None]
   margin = jnp.minimum(found.margin, margin)
   found = dataclasses.replace(found, margin=margin)
@@ -251,11 +263,19 @@ def grow(state: StreamState, *, room: int, capacity: int) -> StreamState:
   """
   state = jax.device_get(state)
 
-  def pad(x, axis, missing, value=0, *, front=False):
+  def pad(
+    x: np.ndarray,
+    axis: int,
+    missing: int,
+    value: int = 0,
+    *,
+    front: bool = False,
+  ) -> np.ndarray:
     widths = [(0, 0)] * x.ndim
     widths[axis] = (missing, 0) if front else (0, missing)
     return np.pad(x, widths, constant_values=value)
 
+  # The newest frame stands last, so the room for older ones is in front.
   more = capacity - state.cache.capacity
   cache = dataclasses.replace(
     state.cache,

@@ -70,6 +70,8 @@ class Endpointer:
       has_words: whether anything was recognised in the segment so far.
       coming: frames of the next step; the segment ends if they do not fit.
     """
+    # Silence is counted across chunks: that at the end of the last one goes on
+    # until something loud comes.
     loud = np.flatnonzero(np.asarray(blank) < self.config.blank_threshold)
     self.frames += len(blank)
     self.silent += len(blank)
@@ -80,6 +82,7 @@ class Endpointer:
       return 'silence_after_speech'
     if self._lasts(config.long_silence):
       return 'long_silence'
+    # A segment is whole chunks, so it ends before one that would not fit.
     limit = max_frames(config, frame_seconds=self.frame_seconds)
     return 'max_seconds' if self.frames + coming > limit else None
 
@@ -121,28 +124,43 @@ def cut(
   return segments
 
 
-def _first_end(blank, is_token, config, start, frame_seconds) -> int:
+def _first_end(
+  blank: Float[np.ndarray, 'T'],
+  is_token: Bool[np.ndarray, 'T'],
+  config: config_lib.EndpointConfig,
+  start: int,
+  frame_seconds: float,
+) -> int:
   rules = Endpointer(config, frame_seconds)
   has_words = False
   for at in range(start, len(blank)):
     has_words |= bool(is_token[at])
+    # Frame by frame: a chunk would let a segment end only at its edges.
     reason = rules.accept(blank[at : at + 1], has_words=has_words)
     if reason == 'max_seconds' and at + 1 < len(blank):
+      # So what is cut off is at least half as long as it may be.
       half = start + max(rules.frames // 2, 1)
       return _quiet_place(blank, config, half, at + 1)
     if reason in ('silence_after_speech', 'long_silence'):
       lead = min(rules.silent // 2, int(_LEAD_SECONDS / frame_seconds))
+      # At least one frame, or `cut` would never come to the end.
       return max(at + 1 - lead, start + 1)
   return len(blank)
 
 
-def _quiet_place(blank, config, first: int, last: int) -> int:
+def _quiet_place(
+  blank: Float[np.ndarray, 'T'],
+  config: config_lib.EndpointConfig,
+  first: int,
+  last: int,
+) -> int:
   """Where to cut between two frames: amid the longest silence, if any."""
   if last <= first:
     return first
   silent = blank[first:last] >= config.blank_threshold
+  # Padded with a loud frame on both sides, so every run has a begin and an end.
   edges = np.flatnonzero(np.diff(np.pad(silent.astype(np.int8), 1)))
-  runs = edges.reshape(-1, 2)
+  runs = edges.reshape(-1, 2)  # [runs, (begin, end)]
   if not len(runs):
     return first + int(np.argmax(blank[first:last]))
   begin, end = runs[np.argmax(runs[:, 1] - runs[:, 0])]

@@ -40,6 +40,7 @@ class Programs:
     folder = pathlib.Path(folder)
     self.index = _read_index(folder / INDEX)
     arrays = mapped.read(folder / 'params')
+    # Once, or every call would bring the mapped file to the device.
     self._arrays = jax.device_put(arrays, jax.devices()[0])
     self._encode = _load(folder / ENCODE)
     self._chunk = _load(folder / CHUNK)
@@ -123,7 +124,7 @@ def _read_index(file: pathlib.Path) -> dict[str, Any]:
   return index
 
 
-def _load(file: pathlib.Path):
+def _load(file: pathlib.Path) -> jax.stages.Wrapped:
   """The jitted program of a file."""
   try:
     program = jax_export.deserialize(bytearray(file.read_bytes()))

@@ -28,6 +28,8 @@ import numpy as np
 
 from u2moe_jax import config as config_lib
 from u2moe_jax.array_types import Array
+from u2moe_jax.array_types import Float
+from u2moe_jax.array_types import Int
 from u2moe_jax.array_types import PyTree
 from u2moe_jax.checkpoint import directory
 from u2moe_jax.checkpoint import mapped
@@ -86,6 +88,7 @@ def export(
   source = _Source(
     found.description, _taken(params, buffers), chunk_size, left_chunks
   )
+  # Only what has been compared gets the name: a folder that is there is right.
   unfinished = out.with_name(out.name + '.unfinished')
   shutil.rmtree(unfinished, ignore_errors=True)
   _write(unfinished, source, found.tokens)
@@ -152,8 +155,16 @@ class _Source:
     return subsampling.geometry(self.description.model.encoder.subsampling)
 
 
-def _encode(module, arrays, features, lengths, chunk_size, left_chunks):
+def _encode(
+  module: u2.U2MoeModel,
+  arrays: dict[str, Array],
+  features: Float[Array, 'B T_in F'],
+  lengths: Int[Array, 'B'],
+  chunk_size: int | Int[Array, ''],
+  left_chunks: int | Int[Array, ''],
+) -> dict[str, Array]:
   """Whole utterances, under a chunk mask."""
+  # One flat dictionary goes in: its paths are the names in the file of arrays.
   tree = inference.nest(arrays.items())
   encoded = programs.encode(
     module,
@@ -169,7 +180,13 @@ def _encode(module, arrays, features, lengths, chunk_size, left_chunks):
   return {name: getattr(encoded, name) for name in names}
 
 
-def _chunk(module, arrays, features, num_valid, cache):
+def _chunk(
+  module: u2.U2MoeModel,
+  arrays: dict[str, Array],
+  features: Float[Array, 'B T_in F'],
+  num_valid: Int[Array, 'B'],
+  cache: PyTree,
+) -> tuple[dict[str, Array], dict[str, Array]]:
   """The next chunk of B streams."""
   tree = inference.nest(arrays.items())
   variables = {'params': tree['params']}
@@ -196,6 +213,7 @@ _jitted_chunk = jax.jit(_chunk, static_argnums=0)
 def _with_fixed_executor(
   config: config_lib.ModelConfig, block_size: int
 ) -> config_lib.ModelConfig:
+  # Both would be chosen by the number of tokens, a symbol while exporting.
   moe = config.encoder.moe
   moe = dataclasses.replace(
     moe,
@@ -214,7 +232,9 @@ def _as_dict(cache: cache_lib.StreamingCache) -> dict[str, Array]:
   }
 
 
-def _write(folder, source: _Source, tokens: pathlib.Path | None) -> None:
+def _write(
+  folder: pathlib.Path, source: _Source, tokens: pathlib.Path | None
+) -> None:
   arrays = ((path, np.asarray(x)) for path, x in source.arrays.items())
   mapped.write(folder / 'params', arrays)
   (folder / exported.ENCODE).write_bytes(_export_encode(source))
@@ -227,6 +247,7 @@ def _write(folder, source: _Source, tokens: pathlib.Path | None) -> None:
 
 def _export_encode(source: _Source) -> bytes:
   model, least = source.description.model, source.geometry.window(1)
+  # For less the unpadded convolutions of the subsampling have no output.
   batch, frames = jax_export.symbolic_shape(
     'b, t', constraints=[f't >= {least}']
   )
@@ -272,6 +293,7 @@ def _cache_shapes(
   source: _Source,
 ) -> dict[str, tuple[list[int | None], np.dtype]]:
   """Shape and type of every part of the cache; None stands for the batch."""
+  # The batch axis of a part is where caches of one and two streams differ.
   one, two = (jax.eval_shape(lambda n=n: source.cache(n)) for n in (1, 2))
   return {
     name: (
@@ -311,12 +333,15 @@ def compare(ours: exported.Programs, source: _Source) -> float:
   geometry, size = source.geometry, source.chunk_size
   module = source.module()
   frames = geometry.window(2 * size)
+  # A full utterance and one that ends in its second chunk, so that padding and
+  # a part of a chunk are compared too.
   lengths = np.array([frames, geometry.window(size + 1)], np.int32)
   rng = np.random.default_rng(_PARITY_SEED)
   bins = source.description.model.feature_dim
   features = rng.normal(size=(2, frames, bins)).astype(np.float32)
 
-  def difference(found, expected):
+  def difference(found: dict[str, Array], expected: dict[str, Array]) -> float:
+    # What stands in padding is nobody's business.
     mask = np.asarray(expected['mask'])[..., None]
     gap = np.asarray(found['log_probs']) - np.asarray(expected['log_probs'])
     return float(np.abs(np.where(mask, gap, 0)).max())
@@ -330,6 +355,7 @@ def compare(ours: exported.Programs, source: _Source) -> float:
   valid = np.asarray(geometry.output_length(lengths))
   for first in (0, size):
     start = first * geometry.rate
+    # The chunk moves by `size` encoder frames, the window reaches further.
     window = features[:, start : start + geometry.window(size)]
     count = np.clip(valid - first, 0, size).astype(np.int32)
     found, ours_next = ours.encode_chunk(window, count, caches[0])

@@ -29,10 +29,11 @@ def ctc_greedy_search(
     of the best alignment, its times are the last frame of each token's run, and
     the margin is the smallest gap between first and second token of a frame.
   """
-  ids = jnp.argmax(log_probs, axis=-1)
+  ids = jnp.argmax(log_probs, axis=-1)  # [B, T]
   best = log_probs.max(axis=-1)
+  # By place and not by value: two equal tokens have a gap of 0.
   is_best = jnp.arange(log_probs.shape[-1])[None, None] == ids[..., None]
-  second = jnp.where(is_best, -jnp.inf, log_probs).max(axis=-1)
+  second = jnp.where(is_best, -jnp.inf, log_probs).max(axis=-1)  # [B, T]
   gaps = jnp.where(mask, best - second, jnp.inf)
   tokens, lengths, frames = ctc.collapse(ids, mask, blank_id=blank_id)
   return hypotheses.Hypotheses(

@@ -121,6 +121,8 @@ def build(
       f'{len(phrases)} hotwords with {len(tokens)} different tokens need a '
       f'table of {shape[0]} x {shape[1]}; use fewer'
     )
+  # The table has a column for each token that occurs, not for all of V: a few
+  # phrases would else cost megabytes.
   columns = np.full(vocab_size, _OTHER, np.int32)
   columns[tokens] = np.arange(1, len(tokens) + 1)
   next_state, completed = trie.resolve(columns, shape)
@@ -142,7 +144,7 @@ class _Trie:
     is_end: whether a phrase ends there.
   """
 
-  def __init__(self):
+  def __init__(self) -> None:
     self.children: list[dict[int, int]] = [{}]
     self.score = [0.0]
     self.is_end = [False]
@@ -157,6 +159,7 @@ class _Trie:
         self.score.append(phrase.score)
         self.is_end.append(False)
       state = self.children[state][token]
+      # The loan must not hang on which of the phrases will be completed.
       self.score[state] = max(self.score[state], phrase.score)
     self.is_end[state] |= is_new or nested_phrases
 
@@ -184,11 +187,15 @@ class _Trie:
         table[state] = table[fail[state]]
       for token, child in self.children[state].items():
         column = columns[token]
+        # Still what `fail[state]` does with this token; overwritten next.
         fail[child] = int(table[state, column]) if state != _ROOT else _ROOT
         table[state, column] = child
+        # Phrases that end here and began later; `fail` is nearer to the
+        # root, so its sum is complete.
         completed[child] += completed[fail[child]]
     return table, completed
 
+  # Breadth first, because `resolve` needs all shorter states done.
   def _breadth_first(self) -> Iterator[int]:
     queue = [_ROOT]
     for state in queue:
@@ -227,8 +234,10 @@ def extend(
   """
   read = lambda field, places: field.at[places].get(mode='promise_in_bounds')
   width = graph.next_state.shape[1]
-  cells = state.node[:, None] * width + columns[None]
+  # All indices come from the graph itself, so none is out of bounds.
+  cells = state.node[:, None] * width + columns[None]  # [N, K]
   node = read(graph.next_state.reshape(-1), cells)
+  # (1): the old loan back, then the new one and what was completed, in `gain`.
   repaid = state.bonus - read(graph.potential, state.node)
   return HotwordState(node=node, bonus=repaid[:, None] + read(graph.gain, node))
 
@@ -259,6 +268,7 @@ def load(
       unknown characters or a bad score.
   """
   try:
+    # -sig: some editors put a byte order mark in front of the first phrase.
     lines = pathlib.Path(path).read_text(encoding='utf-8-sig').splitlines()
   except (OSError, UnicodeDecodeError) as error:
     raise HotwordError(f'hotwords {path}: cannot be read ({error})') from error

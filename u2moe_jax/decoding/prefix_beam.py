@@ -49,6 +49,8 @@ Finalize = Literal['add', 'replace']
 
 _NEVER = -jnp.inf  # log 0
 # The two lanes of the prefix hash: a first value, and two odd multipliers.
+# Digits of pi, and the primes of xxHash: multiplying by an odd number modulo
+# 2^32 loses nothing.
 _HASH_SEEDS = (0x243F6A88, 0x85A308D3)
 _HASH_FACTORS = (0x9E3779B1, 0x85EBCA77)
 _HASH_FINISHERS = (0xC2B2AE3D, 0x27D4EB2F)
@@ -174,6 +176,8 @@ def init_state(
   # Types are given in full: a weak type would be another type to a caller's
   # jit than that of the state after the first chunk.
   full = lambda shape, value, dtype: jnp.full((batch, *shape), value, dtype)
+  # The other slots are dead: N live copies of the empty prefix would all be
+  # extended alike, against invariant 1.
   first = jnp.where(jnp.arange(beam) == 0, 0.0, _NEVER).astype(jnp.float32)
   scores = jnp.tile(first, (batch, 1))  # [B, N]
   beams = Beams(
@@ -248,10 +252,13 @@ def advance(
   if log_probs.shape[1] == 0:
     return state
   beam = state.tokens.shape[1]
+  # Pruned here, for all frames at once: inside the scan it would be one small
+  # top-k after the other. Float32, since a beam adds up hundreds of frames.
   values, ids = _top_tokens(log_probs.astype(jnp.float32), beam)
   run = lambda *row: _advance_row(
     *row, blank_id=blank_id, alignment=alignment, graph=graph
   )
+  # The search is written for one utterance, so it cannot mix up the rows.
   return jax.vmap(run)(state, values, ids, mask)
 
 
@@ -294,6 +301,7 @@ def finish(
   """
   beams = state.beams
   relative = jnp.logaddexp(beams.blank, beams.nonblank)
+  # Two alignments are kept for each prefix; the better one tells the times.
   ends_in_blank = beams.viterbi_blank > beams.viterbi_nonblank
   choose = lambda history: jnp.where(
     ends_in_blank[..., None], history[:, :, 0], history[:, :, 1]
@@ -306,6 +314,7 @@ def finish(
   if graph is not None:
     relative = relative + _final_bonus(beams, graph, finalize)
   if graph is not None and finalize == 'add':
+    # Stable: equals keep their order, as everywhere in the search.
     order = jnp.argsort(relative, axis=1, descending=True, stable=True)
     relative, lengths = _take_last(relative, order), _take_last(lengths, order)
     tokens, times = (
@@ -313,6 +322,8 @@ def finish(
       for history in (tokens, times)
     )
   alive = relative > _NEVER
+  # Slices and not indices: of one beam the gap has no column, and its min is
+  # the initial inf. The where keeps -inf - -inf, a NaN, out.
   gap = jnp.where(alive[:, :1], relative[:, :1] - relative[:, 1:2], jnp.inf)
   return hypotheses.Hypotheses(
     tokens=jnp.where(alive[..., None], tokens, -1),
@@ -388,19 +399,24 @@ def _top_tokens(
   """
   vocabulary = log_probs.shape[-1]
   count = min(count, vocabulary)
+  # The cheap maxima have to spare most of the top-k to be worth their gathers.
   columns = vocabulary // _ROWS
   if columns < 8 * count:
     return _top_k(log_probs, count)
   rows = [
     log_probs[..., row * columns : (row + 1) * columns] for row in range(_ROWS)
   ]
-  maxima = lax.optimization_barrier(functools.reduce(jnp.maximum, rows))
+  maxima = lax.optimization_barrier(
+    functools.reduce(jnp.maximum, rows)
+  )  # [B, T, R]
   best = jnp.sort(_top_k(maxima, count)[1])  # [B, T, K], so ids ascend below
   starts = columns * jnp.arange(_ROWS)[None, None, :, None]
-  inside = (starts + best[:, :, None]).reshape(*best.shape[:2], -1)
+  inside = (starts + best[:, :, None]).reshape(
+    *best.shape[:2], -1
+  )  # [B, T, _ROWS * K]
   rest = jnp.arange(_ROWS * columns, vocabulary)  # what no column holds
   rest = jnp.broadcast_to(rest[None, None], (*best.shape[:2], rest.size))
-  ids = jnp.concatenate([inside, rest], axis=-1)
+  ids = jnp.concatenate([inside, rest], axis=-1)  # [B, T, ids]
   values, places = _top_k(_take_last(log_probs, ids), count)
   return values, _take_last(ids, places)
 
@@ -409,7 +425,7 @@ def _top_k(
   array: Float[Array, 'B T size'], count: int
 ) -> tuple[Float[Array, 'B T K'], Int[Array, 'B T K']]:
   """`lax.top_k`, on all cores where it has many rows."""
-  rows = array.reshape(-1, array.shape[-1])
+  rows = array.reshape(-1, array.shape[-1])  # [B * T, size]
   size = -(-len(rows) // _CPU_PARTS)
   if jax.default_backend() != 'cpu' or size < _CPU_PART_ROWS:
     return lax.top_k(array, count)
@@ -445,9 +461,12 @@ def _advance_row(
 ) -> BeamState:
   """`advance` for one utterance and pruned frames."""
   max_tokens = state.tokens.shape[-1]
+  # They depend on the tokens alone, so they are looked up outside of the scan.
   columns = None if graph is None else graph.columns[ids]  # [T, K]
 
-  def body(beams, frame):
+  def body(
+    beams: Beams, frame: tuple[Array, Array, Array | None, Array]
+  ) -> tuple[Beams, _Events]:
     return _step_row(
       beams,
       *frame,
@@ -489,11 +508,13 @@ def _step_row(
     words = hotwords.extend(graph, beams.words, columns)
     moves = dataclasses.replace(moves, words=words)
   chosen, sources = _choose(beams, moves, ids)
+  # Padding is computed and thrown away: a branch would be computed both ways
+  # under vmap anyway.
   kept = jax.tree.map(
     lambda new, old: jnp.where(valid, new, old), chosen, beams
   )
   events = _Events(
-    sources=jnp.where(valid, sources, jnp.arange(sources.size)),
+    sources=jnp.where(valid, sources, jnp.arange(sources.size)),  # from itself
     last=kept.last,
     lengths=kept.lengths,
     valid=valid,
@@ -515,11 +536,13 @@ def _expand(
   total = jnp.logaddexp(beams.blank, beams.nonblank)
   viterbi = jnp.maximum(beams.viterbi_blank, beams.viterbi_nonblank)
   ends_in_blank = beams.viterbi_blank > beams.viterbi_nonblank
+  # Ends in blank: even node; ends in its last token: odd node.
   nodes = 2 * jnp.arange(count)
   best_nodes = jnp.where(ends_in_blank, nodes, nodes + 1)
 
   is_last = beams.last[:, None] == ids[None]  # [N, K]
   is_blank = ids == blank_id  # [K]
+  # -inf where the frame's best tokens lack the blank, or the last token.
   blank_value = jnp.where(is_blank, values, _NEVER).max()
   repeat_value = jnp.where(is_last, values[None], _NEVER).max(axis=1)  # [N]
 
@@ -534,7 +557,9 @@ def _expand(
   # What a beam's parent, if it is a beam too, hands to it.
   parent = _parents(beams)
   has_parent = parent >= 0
+  # Without a parent these read some other beam; `has_parent` masks it.
   of_parent = lambda field: field.at[parent].get(mode='clip')
+  # Prefix `aa` comes from `a` only through a blank, `ab` from any end of `a`.
   repeats_parent = of_parent(beams.last) == beams.last
   hand = lambda repeat, other: jnp.where(
     repeats_parent, of_parent(repeat), of_parent(other)
@@ -544,8 +569,11 @@ def _expand(
     has_parent, hand(beams.viterbi_blank, viterbi), _NEVER
   )
 
+  # A merged extension has handed its mass to a beam (invariant 1): as a
+  # candidate too it would be counted twice.
   is_open = (~is_blank)[None] & (beams.lengths < max_tokens)[:, None]
   is_open &= ~_is_merged(parent, is_last)
+  # The better way into the last token: another frame of it, or from the parent.
   repeats = beams.viterbi_nonblank > handed_viterbi
   if alignment == 'reference':
     # It visits the beams in order. Once the parent has set the times, a repeat
@@ -571,11 +599,13 @@ def _parents(beams: Beams) -> Int[Array, 'N']:
   """For each beam the beam that is its prefix without the last token, or -1."""
   count = beams.last.size
   matches = beams.lengths[:, None] + 1 == beams.lengths[None]  # [parent, child]
+  # Dead slots keep their old hashes.
   alive = jnp.maximum(beams.blank, beams.nonblank) > _NEVER
   matches &= alive[:, None] & alive[None]
   for lane in range(2):
     hashes, parents = beams.hashes[:, lane], beams.parent_hashes[:, lane]
     matches &= hashes[:, None] == parents[None]
+  # Live prefixes differ, so there is one match at most, which max picks out.
   return jnp.where(matches, jnp.arange(count)[:, None], -1).max(axis=0)
 
 
@@ -586,11 +616,12 @@ def _is_merged(
   count, num_tokens = is_last.shape
   slot = jnp.argmax(is_last, axis=1)
   found = (parent >= 0) & is_last.any(axis=1)
+  # Cell (parent, token) of a flat [N, K]; the first cell behind it is dropped.
   cells = jnp.where(found, parent * num_tokens + slot, count * num_tokens)
   merged = (
     jnp.zeros((count * num_tokens,), bool).at[cells].set(True, mode='drop')
   )
-  return merged.reshape(count, num_tokens)
+  return merged.reshape(count, num_tokens)  # [N, K]
 
 
 def _choose(
@@ -607,17 +638,23 @@ def _choose(
   if beams.words is not None and moves.words is not None:
     staying = staying + beams.words.bonus
     extension = extension + moves.words.bonus
+  # [N + K * N], extensions token by token: `top_k` takes the first of equals,
+  # which gives the order of the docstring. `_gather` undoes this layout.
   candidates = jnp.concatenate([staying, extension.T.reshape(-1)])
   # Without the barrier XLA moves the slices below into the top-k, no longer
   # recognises it on CPU, and sorts everything: six times the whole step.
   scores, places = lax.optimization_barrier(lax.top_k(candidates, count + 1))
+  # One more than fits was asked for: the gap to it tells how near the cut was.
   gap = jnp.where(scores[-1] > _NEVER, scores[-2] - scores[-1], jnp.inf)
 
   chosen, sources = _gather(beams, moves, ids, scores[:-1], places[:-1])
   best = scores[0]
   if chosen.words is not None:
     best = best - chosen.words.bonus[0]
+  # Without a live beam there is nothing to take off; -inf - -inf would be NaN.
   shift = jnp.where(best > _NEVER, best, 0.0)
+  # Viterbi scores are only compared with each other, so what is taken off them
+  # is not added up in `offset`.
   viterbi_best = jnp.maximum(
     chosen.viterbi_blank[0], chosen.viterbi_nonblank[0]
   )
@@ -646,22 +683,25 @@ def _gather(
 ) -> tuple[Beams, Int[Array, 'nodes']]:
   """Makes the new beams from their places in `_choose`'s list of candidates."""
   count = beams.last.size
+  # Place n < N: beam n stays. Place N + k * N + n: beam n and token k.
   stays = places < count
   beam = places % count  # of the old beams
   slot = jnp.maximum(places // count - 1, 0)  # of the frame's tokens
-  cell = beam * ids.size + slot
+  cell = beam * ids.size + slot  # in a flat [N, K]
   words = beams.words
   old = lambda field: field.at[beam].get(mode='promise_in_bounds')
   new = lambda field: field.reshape(-1).at[cell].get(mode='promise_in_bounds')
+  # (For a beam that stays, slot and cell are some valid place, not used.)
   last = jnp.where(
     stays, old(beams.last), ids.at[slot].get(mode='promise_in_bounds')
   )
   hashes = old(beams.hashes)
   extended = _extend_hash(hashes, last)
-  blank_sources, nonblank_sources = old(moves.stay_sources).T
+  blank_sources, nonblank_sources = old(moves.stay_sources).T  # [N], [N]
   nonblank_sources = jnp.where(
     stays, nonblank_sources, new(moves.extension_sources)
   )
+  # Without hotwords the score of a candidate is its log-prob, at hand already.
   extended_score = scores
   if words is not None:  # the scores have the bonus in them
     extended_score = new(moves.extension)
@@ -674,6 +714,7 @@ def _gather(
     )
   chosen = dataclasses.replace(
     beams,
+    # A new token was read in this very frame: no alignment ends in blank yet.
     blank=jnp.where(stays, old(moves.stay_blank), _NEVER),
     nonblank=jnp.where(stays, old(moves.stay_nonblank), extended_score),
     words=words,
@@ -684,6 +725,7 @@ def _gather(
     last=last,
     lengths=old(beams.lengths) + jnp.where(stays, 0, 1),
     hashes=jnp.where(stays[:, None], hashes, extended),
+    # The hash that was extended is by definition that of the parent.
     parent_hashes=jnp.where(stays[:, None], old(beams.parent_hashes), hashes),
   )
   return chosen, jnp.stack([blank_sources, nonblank_sources], axis=1).reshape(
@@ -695,6 +737,8 @@ def _extend_hash(
   hashes: Shaped[Array, 'N 2'], tokens: Int[Array, 'N']
 ) -> Shaped[Array, 'N 2']:
   """Hashes of the prefixes with one token more; each lane mixes by itself."""
+  # Multiply, then fold the high bits down, as hash finishers do: a product
+  # alone never carries a difference to lower bits.
   factors = jnp.array([_HASH_FACTORS], jnp.uint32)
   finishers = jnp.array([_HASH_FINISHERS], jnp.uint32)
   mixed = (hashes + tokens[:, None].astype(jnp.uint32) + 1) * factors
@@ -722,22 +766,32 @@ def _trace(
   """
   beam, _, max_tokens = state.tokens.shape
 
-  def back(nodes, sources):
+  def back(
+    nodes: Int[Array, 'nodes'], sources: Int[Array, 'nodes']
+  ) -> tuple[Int[Array, 'nodes'], Int[Array, 'nodes']]:
     return sources.at[nodes].get(mode='promise_in_bounds'), nodes
 
+  # From the last frame to the first: path[t] are the nodes after frame t, and
+  # start those before the chunk, whose rows hold what was read earlier.
   start, path = lax.scan(
     back, jnp.arange(2 * beam), events.sources, reverse=True
   )  # [nodes], [T, nodes]
   read = lambda field: _take_last(field, path // 2)
   writes = (path % 2 == 1) & events.valid[:, None]
   place = read(events.lengths) - 1
+  # Frames that write nothing go to a place behind the row.
   place = jnp.where(writes & (place >= 0), place, max_tokens)  # dropped
   frame = state.beams.frames + jnp.cumsum(events.valid) - 1  # [T]
-  frame = jnp.broadcast_to(frame[:, None], path.shape)
-  nodes = jnp.broadcast_to(jnp.arange(2 * beam)[None], path.shape)
+  frame = jnp.broadcast_to(frame[:, None], path.shape)  # [T, nodes]
+  nodes = jnp.broadcast_to(jnp.arange(2 * beam)[None], path.shape)  # [T, nodes]
 
-  def write(history, news):
+  def write(
+    history: Int[Array, 'N 2 U'], news: Int[Array, 'T nodes']
+  ) -> Int[Array, 'N 2 U']:
     rows = history.reshape(2 * beam, max_tokens).at[start].get()
+    # A place is written by every frame of its run, and a scatter sets its
+    # duplicates in no known order; max does not care. (The token is the same
+    # each time, and frames ascend.)
     rows = rows.at[nodes, place].max(news, mode='drop')
     return rows.reshape(history.shape)
 

@@ -52,14 +52,20 @@ def prefix_nodes(
   """
   batch, count, size = tokens.shape
   equal = tokens[:, :, None] == tokens[:, None]  # [B, N, N, U]
+  # From "this token is equal" to "all up to here are"; the empty prefix, put in
+  # front, is common to all.
   equal = jnp.cumprod(equal.astype(jnp.int32), axis=-1)
   equal = jnp.pad(equal, [(0, 0)] * 3 + [(1, 0)], constant_values=1)
+  # A prefix belongs to the first hypothesis that begins with it; argmax takes
+  # the first of equal values.
   first = jnp.argmax(equal, axis=2)  # [B, N, U1], of the hypotheses
-  exists = jnp.arange(size + 1)[None, None] <= lengths[..., None]
-  is_new = exists & (first == jnp.arange(count)[None, :, None])
+  exists = jnp.arange(size + 1)[None, None] <= lengths[..., None]  # [B, N, U1]
+  is_new = exists & (first == jnp.arange(count)[None, :, None])  # [B, N, U1]
+  # Counted along the hypotheses, so a parent has a lower number than its
+  # children.
   numbers = jnp.cumsum(is_new.reshape(batch, -1), axis=1) - 1
-  numbers = numbers.reshape(is_new.shape).astype(jnp.int32)
-  nodes = jnp.take_along_axis(numbers, first, axis=1)
+  numbers = numbers.reshape(is_new.shape).astype(jnp.int32)  # [B, N, U1]
+  nodes = jnp.take_along_axis(numbers, first, axis=1)  # [B, N, U1]
   return jnp.where(exists, nodes, 0), is_new, is_new.sum(axis=(1, 2))
 
 
@@ -85,12 +91,13 @@ def build(
   place = jnp.where(is_new, nodes, num_nodes).reshape(batch, -1)  # or dropped
   rows = jnp.arange(batch)[:, None]
 
-  def scatter(values):
+  def scatter(values: Int[Array, '#B #N #U1']) -> Int[Array, 'B nodes']:
     """Brings [B, N, U1] into the order of the nodes."""
     values = jnp.broadcast_to(values, is_new.shape).reshape(place.shape)
     empty = jnp.zeros((batch, num_nodes), jnp.int32)
     return empty.at[rows, place].set(values, mode='drop')
 
+  # The prefix of n tokens has its last token, and its parent, at n - 1.
   shift = lambda values, first: jnp.pad(
     values, ((0, 0), (0, 0), (1, 0)), constant_values=first
   )
@@ -99,8 +106,9 @@ def build(
   positions = scatter(depths[None, None])
   # The prefixes of a node stand along the hypothesis where it occurs first.
   owner = scatter(jnp.arange(count)[None, :, None])
-  path = jnp.take_along_axis(nodes, owner[..., None], axis=1)
+  path = jnp.take_along_axis(nodes, owner[..., None], axis=1)  # [B, nodes, U1]
   on_path = depths[None, None] <= positions[..., None]  # [B, nodes, U1]
+  # What lies behind the node on that hypothesis is none of its prefixes.
   path = jnp.where(on_path & mask[..., None], path, num_nodes)
   precedes = jnp.zeros((batch, num_nodes, num_nodes), bool)
   here = jnp.arange(num_nodes)[None, :, None]
@@ -138,7 +146,9 @@ def read(
   take = lambda values, places: jnp.take_along_axis(
     values, places.reshape(len(values), -1), axis=1
   ).reshape(places.shape)
-  along = take(node_scores, jnp.roll(nodes, -1, axis=-1))
+  # Token n of a text is the last one of prefix n + 1, so its score stands
+  # there; what the roll brings round lies behind every text.
+  along = take(node_scores, jnp.roll(nodes, -1, axis=-1))  # [B, N, U1]
   place = jnp.arange(size + 1)[None, None]
   scores = jnp.where(place < lengths[..., None], along, 0.0)
   return jnp.where(place == lengths[..., None], take(end_scores, nodes), scores)

@@ -1,4 +1,4 @@
-"""The jitted programs of decoding: encode, search, rescore.
+"""The jitted programs of decoding: encode and search.
 
 Each is compiled once per padded shape; settings that only change numbers
 (chunk size, left chunks) are traced, those that change the program are static.
@@ -44,6 +44,9 @@ class Encoded:
   margin: Float[Array, 'B']
 
 
+# The model is a frozen dataclass: equal ones share a compiled program, however
+# often a recogniser is made. A blank penalty of 0 leaves its subtraction out of
+# the program, hence static.
 @functools.partial(jax.jit, static_argnums=0, static_argnames='blank_penalty')
 def encode(
   model: u2.U2MoeModel,
@@ -93,6 +96,8 @@ def router_margin(
   result = jnp.full((rows,), jnp.inf, jnp.float32)
   for stats in layers.values():
     margin = jnp.moveaxis(stats.margin, 1, 0)  # [R, L, T]
+    # Rows of one utterance stand together, so this is a row for each utterance
+    # whatever the rows are: texts, nodes or frames.
     margin = margin.reshape(rows, -1).astype(jnp.float32)
     result = jnp.minimum(result, jnp.min(margin, axis=1, initial=jnp.inf))
   return result
@@ -103,6 +108,7 @@ def silence(
   encoded: Encoded, *, blank_id: int
 ) -> tuple[Float[Array, 'B T'], Bool[Array, 'B T']]:
   """Probability of the blank, and frames where another token is the best."""
+  # Reduced on the device: [B, T] goes to the host instead of [B, T, V].
   best = jnp.argmax(encoded.log_probs, axis=-1)
   return jnp.exp(encoded.log_probs[..., blank_id]), best != blank_id
 
@@ -171,6 +177,8 @@ def search_attention(
   """
   frames, mask = encoded.frames, encoded.mask
   batch, num_frames = mask.shape
+  # An utterance's own frames, not those of the padded batch: what it gets must
+  # not depend on its batch mates.
   max_lengths, counted_starts = jnp.sum(mask, axis=1), 0
   if reference_limits:
     max_lengths = jnp.full((batch,), num_frames, jnp.int32)
@@ -183,10 +191,13 @@ def search_attention(
   )
   variables = {'params': decoder_lib.unstack(params['forward_decoder'])}
 
-  def step(inputs, cache):
+  def step(
+    inputs: decoder_lib.StepInputs, cache: decoder_lib.DecoderCache
+  ) -> attention_beam.StepOutputs:
     logits, cache, stats = decoder.apply(
       variables, inputs, cache, mask, method='step'
     )
+    # (The logits are float32 whatever the model computes in.)
     return attention_beam.StepOutputs(
       log_probs=jax.nn.log_softmax(logits),
       cache=cache,

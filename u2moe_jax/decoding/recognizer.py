@@ -87,12 +87,14 @@ class Recognizer:
     self.tokenizer = tokenizer
     self.mesh = mesh
     if mesh is not None:
+      # Decoding shares the batch only: every device has all parameters.
       everywhere = placement.replicated(mesh)
       params, buffers = jax.device_put((params, buffers), everywhere)
     self.params = params
     self.buffers = buffers
     self.model = u2.U2MoeModel(description.model, form=description.form)
     self.geometry = subsampling.geometry(description.model.encoder.subsampling)
+    # Now, and not with the first batch.
     _require_decoders(self.config, description.model)
     self.hotwords = self._load_hotwords()
 
@@ -146,6 +148,8 @@ class Recognizer:
 
   def with_config(self, config: config_lib.DecodeConfig) -> 'Recognizer':
     """The same model with other decoding settings."""
+    # Cheap: the parameters are shared, and so are compiled programs, which hang
+    # on the model and on shapes.
     return Recognizer(
       self.description,
       self.params,
@@ -189,6 +193,8 @@ class Recognizer:
     They are sorted by length and padded to few shapes; what one of them gets
     does not depend on the others. Long ones are decoded in `segments`.
     """
+    # The parts of all recordings in one list, so that they fill batches
+    # together.
     cuts = [self.segments(waveform) for waveform in waveforms]
     parts = [
       waveform[start:end]
@@ -216,6 +222,7 @@ class Recognizer:
       return next(found)
     rate = self.description.features.sample_rate
     starts = [start / rate for start, _ in cut]
+    # Sounds of neighbours overlap, see `segments`; their times do not.
     ends = [*starts[1:], cut[-1][1] / rate]
     return transcript_lib.join(
       [
@@ -250,12 +257,14 @@ class Recognizer:
       frame_seconds=self.frame_seconds,
     )
     found = [self.sound_of(start, end) for start, end in cut]
+    # The samples behind the last whole frame belong to the last segment.
     return [*found[:-1], (found[-1][0], len(waveform))]
 
   def sound_of(self, start: int, end: int) -> tuple[int, int]:
     """Samples [start, end) that make encoder frames [start, end)."""
     features = self.description.features
     first = start * self.geometry.rate
+    # Twice a window: feature frames under encoder frames, samples under those.
     last = first + self.geometry.window(end - start) - 1
     shift = features.shift_samples
     return first * shift, last * shift + features.window_samples
@@ -266,7 +275,9 @@ class Recognizer:
     total = int(self.geometry.output_length(num_frames))
     edge = round(_EDGE_SECONDS / self.frame_seconds)
     core = round(_WINDOW_SECONDS / self.frame_seconds) - 2 * edge
+    # Windows overlap by two edges; each gives the frames of its core.
     blank, is_token = np.ones(total, np.float32), np.zeros(total, bool)
+    # In groups, or the features of hours would all be there at once.
     cores = list(range(0, total, core))
     for at in range(0, len(cores), _WINDOWS_AT_ONCE):
       group = cores[at : at + _WINDOWS_AT_ONCE]
@@ -283,7 +294,9 @@ class Recognizer:
         blank[kept], is_token[kept] = probability[inside], spoken[inside]
     return blank, is_token
 
-  def _silence(self, features: Sequence[np.ndarray]):
+  def _silence(
+    self, features: Sequence[np.ndarray]
+  ) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray]]]:
     """Yields (index, what `programs.silence` says of its frames)."""
     blank_id = self.description.model.blank_id
     for batch in self.batches(features):
@@ -457,6 +470,7 @@ class Recognizer:
         ends at the latest; None: with its last token.
       token_confidence: probability of each token of the first hypotheses.
     """
+    # One transfer for all fields.
     found = jax.device_get(found)
     for row in range(found.lengths.shape[0]):
       transcript = self._read_row(found, row)
@@ -482,7 +496,14 @@ class Recognizer:
     shift = self.description.features.frame_shift_ms / 1000
     return self.geometry.rate * shift
 
-  def _words(self, tokens, times, *, num_frames, confidence):
+  def _words(
+    self,
+    tokens: Sequence[int],
+    times: Sequence[int],
+    *,
+    num_frames: int,
+    confidence: Sequence[float] | None,
+  ) -> tuple[words_lib.TimedWord, ...]:
     """Words with their times, where there are any."""
     if len(times) < len(tokens):
       return ()
@@ -506,6 +527,7 @@ class Recognizer:
       alternatives.append(
         transcript_lib.Alternative(self.text(tokens), tuple(tokens), score)
       )
+    # (Also if its score is -inf: a transcript always has a text.)
     best = alternatives[0]
     times = found.times[row, 0, : len(best.tokens)]
     seconds = self.frame_seconds
@@ -513,6 +535,7 @@ class Recognizer:
       text=best.text,
       tokens=best.tokens,
       score=best.score,
+      # A time is the last frame of a token's run, which ends one frame later.
       times=tuple(round(float(t + 1) * seconds, 3) for t in times if t >= 0),
       confidence=None,
       margin=float(found.margin[row]),
@@ -550,6 +573,7 @@ def cautions(
 ) -> list[str]:
   """What the model can do, but was never trained for; one line each."""
   encoder, found = model.encoder, []
+  # Training's limit is in feature frames, a chunk size in encoder frames.
   longest = masks.MAX_CHUNK_INPUT_FRAMES
   longest //= subsampling.geometry(encoder.subsampling).rate
   static = encoder.static_chunk_size

@@ -72,6 +72,7 @@ def decoder_inputs(
     Inputs, padded with eos, and targets, padded with -1.
   """
   batch, nbest, size = tokens.shape
+  # To rows of one text each, and back.
   rows, row_lengths = tokens.reshape(-1, size), lengths.reshape(-1)
   if reverse:
     rows = sequences.reverse_by_length(rows, row_lengths)
@@ -85,8 +86,9 @@ def token_scores(
   log_probs: Float[Array, 'B N U1 V'], targets: Int[Array, 'B N U1']
 ) -> Float[Array, 'B N U1']:
   """Picks the log-prob of each target; 0 where the target is padding."""
-  places = jnp.maximum(targets, 0)[..., None]
-  picked = jnp.take_along_axis(log_probs, places, axis=-1)[..., 0]
+  # Padding is -1, which would read the last token; it is set to 0 below.
+  places = jnp.maximum(targets, 0)[..., None]  # [B, N, U1, 1]
+  picked = jnp.take_along_axis(log_probs, places, axis=-1)[..., 0]  # [B, N, U1]
   return jnp.where(targets >= 0, picked, 0.0).astype(jnp.float32)
 
 
@@ -169,13 +171,17 @@ def combine(
     r2l = jnp.zeros_like(l2r)
   else:
     r2l = r2l_token_scores.sum(axis=-1)
+    # Back to the order of the text; the end, the last column of each, has been
+    # left out, as it is no token of the text.
     backward = _turn(jnp.exp(r2l_token_scores[..., :-1]), nbest.lengths)
     probabilities = (probabilities + backward) / 2
   attention = (1 - reverse_weight) * l2r + reverse_weight * r2l
+  # 0 * -inf is NaN: an empty slot must not reach a product.
   ctc_part = ctc_weight * jnp.where(valid, nbest.scores, 0.0)
   scores = jnp.where(valid, attention + ctc_part, -jnp.inf)
   rescored = Rescored(
     hypotheses=dataclasses.replace(nbest, scores=scores),
+    # The end counts as a token.
     confidence=jnp.exp(attention / (nbest.lengths + 1)),
     token_confidence=jnp.where(nbest.tokens >= 0, probabilities, 0.0),
     l2r=l2r,
@@ -190,9 +196,10 @@ def _turn(
   values: Float[Array, 'B N U'], lengths: Int[Array, 'B N']
 ) -> Float[Array, 'B N U']:
   """Reverses each row within its own length."""
+  # Behind the length anything may stand; it is masked by the tokens.
   size = values.shape[-1]
   places = lengths[..., None] - 1 - jnp.arange(size)[None, None]
-  places = jnp.clip(places, 0, max(size - 1, 0))
+  places = jnp.clip(places, 0, max(size - 1, 0))  # [B, N, U]
   return jnp.take_along_axis(values, places, axis=-1)
 
 
@@ -201,13 +208,15 @@ def _sort(rescored: Rescored) -> Rescored:
   nbest = rescored.hypotheses
   order = jnp.argsort(nbest.scores, axis=1, descending=True, stable=True)
 
-  def reorder(field):
+  def reorder(field: Array) -> Array:
     if field.ndim == 1:  # one value for each utterance
       return field
+    # Fields are [B, N] or [B, N, U]: axes of size 1 make the order fit.
     places = order.reshape(*order.shape, *(1,) * (field.ndim - 2))
     return jnp.take_along_axis(field, places, axis=1)
 
   rescored = jax.tree.map(reorder, rescored)
+  # Slices, so that a list of one has no gap and its min is inf.
   scores = rescored.hypotheses.scores
   gap = jnp.where(
     scores[:, :1] > -jnp.inf, scores[:, :1] - scores[:, 1:2], jnp.inf

@@ -79,6 +79,8 @@ class Sessions:
     self.recognizer = recognizer
     self.endpoints = endpoints
     config = recognizer.config
+    # Endpoints bound a segment, so all the room it can need is there at once
+    # and the program never changes.
     self._room = _FIRST_ROOM
     if endpoints:
       self._room = endpoint.max_frames(
@@ -89,6 +91,8 @@ class Sessions:
     self._capacity = min(_FIRST_ROOM, self._room)
     if config.left_chunks >= 0:
       self._capacity = config.left_chunks * config.chunk_size
+    # A chunk needs more feature frames than it moves on by: the subsampling
+    # looks ahead.
     self._window = recognizer.geometry.window(config.chunk_size)
     self._rows: list[Session | None] = [None] * slots
     self._fresh = np.ones((slots,), bool)
@@ -121,6 +125,7 @@ class Sessions:
     """
     if any(self._rows):
       raise recognizer_lib.DecodeError('warm_up() before the streams join')
+    # The second step takes the state a step made, as all later ones do.
     for _ in range(2):
       self._step({})
     for size in self._frame_sizes():
@@ -142,6 +147,7 @@ class Sessions:
       yield None
       return
     yield from ((room,) for room in self._node_rooms)
+    # No room fits, which leads to the program for lists of any size.
     yield ()
 
   def open(self) -> 'Session':
@@ -157,6 +163,7 @@ class Sessions:
     row = self._rows.index(None)
     session = Session(self, row)
     self._rows[row] = session
+    # Whoever was there before has left its state.
     self._fresh[row] = True
     return session
 
@@ -192,6 +199,7 @@ class Sessions:
     recognizer = self.recognizer
     slots = len(self._rows)
     bins = recognizer.description.features.num_mel_bins
+    # Always all rows: another number of them would be another program.
     features = np.zeros((slots, self._window, bins), np.float32)
     num_valid = np.zeros((slots,), np.int32)
     for row, (window, count) in taken.items():
@@ -203,6 +211,7 @@ class Sessions:
       recognizer.buffers,
       features,
       num_valid,
+      # A copy: JAX may read the array later, and it is cleared below.
       self._fresh.copy(),
       self._state,
       blank_penalty=recognizer.config.blank_penalty,
@@ -237,6 +246,7 @@ class Sessions:
   def _end_segment(self, session: 'Session', reason: endpoint.Reason) -> None:
     transcript = transcript_lib.empty()
     if session.offset:
+      # The shorter shape if it holds the segment: attention costs by the frame.
       size = next(s for s in self._frame_sizes() if s >= session.offset)
       transcript = self._final(
         session.row, size, session.offset, self._node_rooms
@@ -283,6 +293,7 @@ class Session:
     self.offset = 0
     features = recognizer.description.features
     self._fbank = fbank.StreamingFbank(features)
+    # Feature frames from the next chunk's first on.
     self._pending = np.zeros((0, features.num_mel_bins), np.float32)
     self._num_features = 0  # feature frames heard
     self._num_samples = 0
@@ -324,6 +335,7 @@ class Session:
       raise recognizer_lib.DecodeError(
         f'this stream takes {rate} Hz, not {sample_rate}; resample first'
       )
+    # Before the checks: an empty piece of any shape is fine.
     if not len(samples):
       return
     samples = audio.as_mono(samples, rate, sample_rate=rate)
@@ -407,6 +419,7 @@ class Session:
   ) -> endpoint.Reason | None:
     """Notes what a chunk gave, and says whether it ended the segment."""
     size = self._recognizer.config.chunk_size
+    # By a chunk, not by the window: the next one needs the overlap again.
     self._pending = self._pending[size * self._recognizer.geometry.rate :]
     self.offset += count
     self._num_chunks += 1
@@ -421,8 +434,10 @@ class Session:
     """Begins the next segment; times of this one count from the start."""
     shift = self._recognizer.description.features.frame_shift_ms / 1000
     start = self._first * shift
+    # Encoder frames of the segment, in the feature frames they moved on by.
     self._first += self.offset * self._recognizer.geometry.rate
     rate = self._recognizer.description.features.sample_rate
+    # At the end the sound decides, since less than a frame may be left over.
     end = self._num_samples / rate if reason == 'end' else self._first * shift
     self._segments.append(
       transcript_lib.Segment(

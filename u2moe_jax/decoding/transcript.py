@@ -139,6 +139,7 @@ def _confidence(parts: Sequence[Transcript]) -> float | None:
     if part.confidence is None:
       continue
     size = len(part.tokens) + 1  # the end counts as a token
+    # (log 0 would raise; such a part makes the whole 0.)
     total += size * (
       math.log(part.confidence) if part.confidence else -math.inf
     )

@@ -28,6 +28,7 @@ from u2moe_jax.models import u2
 from u2moe_jax.ops import sequences
 
 # Nodes of prefix trees that a decoder scores at once, on each device.
+# (With a vocabulary of 5,000 their logits alone are 160 MB.)
 _NODES_AT_ONCE = 8192
 # Encoder frames that it attends to, at least.
 _LEAST_FRAMES = 128
@@ -105,8 +106,10 @@ def search_rescoring(
       few shapes whatever comes: a list that fits into none of them is scored
       hypothesis by hypothesis. None: those of `node_sizes`.
   """
+  # [left to right, right to left]
   scores: list[Float[Array, 'B N U1'] | None] = [None, None]
   margin = nbest.margin
+  # Each direction has its own trees: reversed texts share other beginnings.
   for reverse in (False, True)[: 1 + (reverse_weight > 0)]:
     found = _score(
       *scorer(model, params, reverse=reverse),
@@ -134,6 +137,7 @@ def _score(
   rooms: Sequence[int] | None,
 ) -> tuple[Float[Array, 'B N U1'], Float[Array, 'B']]:
   """`score_nbest` by prefix trees, those of like size together."""
+  # On the host: how many nodes there are decides which program runs.
   counts = np.asarray(_count_nodes(texts))
   if rooms is None:
     frames, mask = _lengthen(frames, mask)
@@ -142,10 +146,12 @@ def _score(
     if size is None:
       return score_rows(decoder, params, texts, frames, mask)
     return _score_trees(decoder, params, texts, frames, mask, num_nodes=size)
+  # Each device takes its part of a group, so a group needs whole parts.
   per_device = frames.sharding.shard_shape(frames.shape)[0]
   # Rows that only fill the batch are not worth a program.
   counts = np.where(np.asarray(mask).any(axis=1), counts, 0)
   groups = group_trees(counts, parts=len(counts) // per_device)
+  # The groups come in order of size; `places` says where each utterance went.
   found: list[PyTree] = []
   places, done = np.zeros(len(counts), np.int32), 0
   for rows, size in groups:
@@ -177,6 +183,7 @@ def group_trees(
     many as the batch, so that few shapes compile: the last group has its last
     row several times.
   """
+  # Largest first: the first tree of a group is the one all must have room for.
   order = np.argsort(counts, kind='stable')[::-1]
   order = order[: max(np.count_nonzero(counts), 1)]
   groups: list[tuple[np.ndarray, int]] = []
@@ -234,6 +241,7 @@ def node_sizes() -> Iterator[int]:
   size = 64
   while True:
     yield size
+    # So at most a third of a large room is empty, and few shapes compile.
     size += max(64, 1 << (size.bit_length() - 2))
 
 
@@ -290,6 +298,7 @@ def score_tree(
   mask: Bool[Array, 'B T'],
 ) -> TreeScores:
   """Scores every node of a prefix tree by one decoder."""
+  # Nodes are the tokens of one text here; positions and mask make it a tree.
   logits, stats = decoder.module.apply(
     {'params': params},
     tree.tokens,
@@ -299,9 +308,11 @@ def score_tree(
     positions=tree.positions,
     attention_mask=tree.precedes_mask,
   )  # [B, nodes, V]
+  # Of the vocabulary only two entries a node are wanted, so the log-softmax is
+  # done for these alone: [B, nodes, V] is by far the largest array.
   total = jax.nn.logsumexp(logits, axis=-1)
   rows = jnp.arange(frames.shape[0])[:, None]
-  of_parent = logits[rows, tree.parents, tree.tokens]
+  of_parent = logits[rows, tree.parents, tree.tokens]  # [B, nodes]
   return TreeScores(
     nodes=of_parent - jnp.take_along_axis(total, tree.parents, axis=1),
     ends=logits[..., decoder.eos] - total,
@@ -352,14 +363,15 @@ def score_rows(
 ) -> tuple[Float[Array, 'B N U1'], Float[Array, 'B']]:
   """`score_nbest`, one hypothesis after the other: little memory, any list."""
 
-  def score(text):
-    one = jax.tree.map(lambda x: x[:, None], text)
+  def score(text: Texts) -> tuple[Float[Array, 'B U1'], Float[Array, 'B']]:
+    one = jax.tree.map(lambda x: x[:, None], text)  # N = 1
     scores, margin = score_nbest(decoder, params, one, frames, mask)
     return scores[:, 0], margin
 
+  # [N, B, ...]: one rank of the list after the other.
   by_rank = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), texts)
   scores, margins = jax.lax.map(score, by_rank)
-  return jnp.swapaxes(scores, 0, 1), margins.min(axis=0)
+  return jnp.swapaxes(scores, 0, 1), margins.min(axis=0)  # [B, N, U1], [B]
 
 
 def score_nbest(
@@ -389,9 +401,11 @@ def score_nbest(
     texts.tokens, texts.lengths, sos_id=decoder.sos, eos_id=decoder.eos
   )
   size = inputs.shape[-1]
+  # The rows of one utterance stand next to each other: the decoder finds the
+  # encoder frames of a row by that.
   logits, stats = decoder.module.apply(
     {'params': params},
-    inputs.reshape(-1, size),
+    inputs.reshape(-1, size),  # [B * N, U1]
     (targets >= 0).reshape(-1, size),
     frames,
     mask,

@@ -11,6 +11,7 @@ import io
 import os
 import pathlib
 import tempfile
+from typing import Any
 from typing import BinaryIO
 import warnings
 
@@ -53,7 +54,7 @@ class AudioError(ValueError):
     reason: short code, one of `REASONS` or of a data pipeline's own.
   """
 
-  def __init__(self, reason: str, message: str):
+  def __init__(self, reason: str, message: str) -> None:
     # Both arguments go to the base class, so that the error can be pickled
     # on its way out of a data worker.
     super().__init__(reason, message)
@@ -218,6 +219,7 @@ def resample(
   samples = np.ascontiguousarray(samples, np.float32)
   if from_rate == to_rate:
     return samples
+  # The length is fixed here, since soxr's own may be a sample off it.
   length = round(len(samples) * to_rate / from_rate)
   resampled = soxr.resample(samples, from_rate, to_rate)[:length]
   return np.pad(resampled, (0, length - len(resampled)))
@@ -245,6 +247,7 @@ def change_speed(
     raise AudioError(
       'bad_speed', f'speed factor {factor} is not positive; 0.9 to 1.1 is usual'
     )
+  # Samples taken for such of another rate: that is all that changing speed is.
   return resample(samples, sample_rate * factor, sample_rate)
 
 
@@ -260,6 +263,7 @@ def _decode(path: pathlib.Path, part: Part) -> tuple[np.ndarray, float]:
         num_samples = sound.frames
         return _read(sound, part, path), sound.samplerate
   except (soundfile.SoundFileError, OSError) as error:
+    # The name in `except ... as` ends with its block.
     first_error = error
   if num_samples:  # so it is a kind of sound that libsndfile knows
     raise _truncated(path, ' '.join(str(first_error).split())) from first_error
@@ -275,6 +279,7 @@ def _read(
     sound.seek(first)
   samples = sound.read(last - first, dtype='float32', always_2d=True)
   share = _INEXACT_SHARE if sound.format in _INEXACT_FORMATS else 1.0
+  # libsndfile reads what there is, without an error.
   if len(samples) < share * (last - first):
     raise _truncated(
       path, f'{len(samples)} of {last - first} samples are there'
@@ -329,7 +334,7 @@ def _open(path: pathlib.Path, part: Part) -> BinaryIO:
 class _Slice(io.RawIOBase):
   """Some bytes of a file, as a file of their own; closes the file with it."""
 
-  def __init__(self, file: BinaryIO, offset: int, size: int):
+  def __init__(self, file: BinaryIO, offset: int, size: int) -> None:
     self._file, self._offset, self._size = file, offset, size
     self._position = 0
 
@@ -344,7 +349,7 @@ class _Slice(io.RawIOBase):
     self._position = max(0, base + position)
     return self._position
 
-  def readinto(self, buffer) -> int:
+  def readinto(self, buffer: Any) -> int:
     left = max(0, self._size - self._position)
     self._file.seek(self._offset + self._position)
     data = self._file.read(min(len(buffer), left))
@@ -362,6 +367,7 @@ def _require_whole(file: BinaryIO, path: pathlib.Path) -> None:
 
   libsndfile takes the samples there are, and tells nobody.
   """
+  # RIFF: 12 bytes of header, then chunks of a name, a size and so many bytes.
   is_wave = file.read(12)[8:] == b'WAVE'
   while is_wave and len(head := file.read(8)) == 8:
     size = int.from_bytes(head[4:], 'little')
@@ -407,7 +413,7 @@ def _decode_with_librosa(path: pathlib.Path) -> tuple[np.ndarray, float]:
   with warnings.catch_warnings():
     warnings.simplefilter('ignore')  # it announces every such file
     samples, rate = librosa.load(path, sr=None, mono=False)
-  return np.atleast_2d(samples).T, rate
+  return np.atleast_2d(samples).T, rate  # (samples, channels)
 
 
 def _check_rate(rate: float, name: str) -> None:
@@ -428,6 +434,8 @@ def _first_channel(samples: np.ndarray, name: str) -> np.ndarray:
     raise AudioError('empty', f'{name}: has no samples; leave it out')
   if samples.ndim == 1:
     return samples
+  # No recording has that; it is (channels, samples), of which channel 0 would
+  # be one sample of each.
   if samples.shape[1] > samples.shape[0]:
     raise AudioError(
       'bad_shape',

@@ -54,6 +54,7 @@ class CmvnStats:
     A bin that never changes gets 1e10, as in the reference.
     """
     self._require_frames()
+    # The difference of two large sums: float64, and never below 0 by rounding.
     variance = self.sum_squares / self.count - np.square(self.mean)
     return 1.0 / np.sqrt(np.maximum(variance, _SMALLEST_VARIANCE))
 
@@ -85,10 +86,12 @@ def accumulate(stats: CmvnStats, frames: Float[np.ndarray, 'T F']) -> CmvnStats:
       f'frames have shape {frames.shape}; these CMVN statistics need '
       f'(T, {len(stats.sum)})'
     )
+  # Millions of frames: in float32 later ones would be rounded away.
   frames = frames.astype(np.float64)
   added = CmvnStats(
     frames.sum(axis=0), np.square(frames).sum(axis=0), len(frames)
   )
+  # A NaN or inf in any frame reaches the sum, so this checks all of them.
   if not np.isfinite(added.sum_squares).all():
     raise ValueError('frames have NaN or infinite values')
   return merge(stats, added)
@@ -156,6 +159,7 @@ def _parse_kaldi(text: str) -> CmvnStats:
   body, closed, _ = rest.partition(']')
   if not (opened and closed):
     raise ValueError('no matrix in brackets')
+  # The last column holds the count above and nothing below.
   numbers = _row(body.split())
   if len(numbers) < 4 or len(numbers) % 2:
     raise ValueError(f'{len(numbers)} numbers are not two rows')

@@ -17,6 +17,7 @@ import numpy as np
 
 from u2moe_jax import config as config_lib
 
+# Kaldi computes on samples as they stand in a WAV file.
 _INT16_SCALE = 32768.0
 _PREEMPHASIS = 0.97
 _POVEY_EXPONENT = 0.85
@@ -56,6 +57,7 @@ def fbank(
   windows = _windows(_as_double(samples), config)  # (T, window)
   shape = (len(windows), config.num_mel_bins)
   frames: np.ndarray = np.empty(shape, np.float32)
+  # The windows are a view, so only a block of them is ever copied.
   for start in range(0, len(windows), _BLOCK_FRAMES):
     block = windows[start : start + _BLOCK_FRAMES] * _INT16_SCALE
     if rng is not None and config.dither > 0:
@@ -98,6 +100,7 @@ class StreamingFbank:
     """
     pending = np.concatenate([self._carry, _as_double(samples)])
     frames = fbank(pending, self._config)
+    # The next frame begins one hop behind the last one, inside of its window.
     consumed = len(frames) * self._config.shift_samples
     self._carry = pending[consumed:].copy()  # let go of the long array
     return frames
@@ -131,14 +134,17 @@ def _log_mel(
   """Turns int16-scaled windows (t, window) into log energies (t, F)."""
   size = config.window_samples
   windows = windows - windows.mean(axis=1, keepdims=True)
+  # Zeros behind the window: the transform has a power of two, as Kaldi's.
   emphasised = np.zeros((len(windows), _fft_size(size)))  # (t, fft)
+  # Kaldi takes the first sample for its own predecessor.
   emphasised[:, 0] = (1.0 - _PREEMPHASIS) * windows[:, 0]
   emphasised[:, 1:size] = windows[:, 1:] - _PREEMPHASIS * windows[:, :-1]
   emphasised[:, :size] *= _povey_window(size)
   spectrum = np.fft.rfft(emphasised)  # (t, fft / 2 + 1)
   power = np.square(spectrum.real) + np.square(spectrum.imag)
+  # Not a dense product, which is BLAS: see the top of the file.
   energy = _sparse_mel_filters(config) @ power.T  # (F, t)
-  return np.log(np.maximum(energy, config.mel_floor)).T
+  return np.log(np.maximum(energy, config.mel_floor)).T  # (t, F)
 
 
 def _fft_size(window_samples: int) -> int:
@@ -150,7 +156,8 @@ def _povey_window(size: int) -> np.ndarray:
   return np.hanning(size) ** _POVEY_EXPONENT
 
 
-def _mel(frequency):
+def _mel(frequency: float | np.ndarray) -> np.ndarray:
+  # Kaldi's (and HTK's) mel scale.
   return 1127.0 * np.log1p(np.asarray(frequency) / 700.0)
 
 
@@ -191,6 +198,7 @@ def mel_filters(
   left, centre, right = corners[:-2], corners[1:-1], corners[2:]
   rising = (bins - left[:, None]) / (centre - left)[:, None]  # (F, bins)
   falling = (right[:, None] - bins) / (right - centre)[:, None]  # (F, bins)
+  # A triangle is the smaller of its two flanks.
   filters = np.maximum(0.0, np.minimum(rising, falling))
   filters[:, -1] = 0.0  # Kaldi leaves the Nyquist bin out
   filters.flags.writeable = False  # the cache hands out this very array

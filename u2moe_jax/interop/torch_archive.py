@@ -20,6 +20,7 @@ import pathlib
 import pickle
 import struct
 from typing import Any
+from typing import IO
 import zipfile
 
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ import numpy as np
 
 Path = str | os.PathLike[str]
 
+# The magic number, pickled, with which PyTorch's old form begins.
 _LEGACY_PICKLE = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'
 _CONVERT = (
   "convert it where PyTorch is installed: torch.save(torch.load('old.pt', "
@@ -101,6 +103,7 @@ def _require_zip(path: pathlib.Path) -> None:
     start = file.read(512)
   if start.startswith(b'PK\x03\x04'):
     return
+  # (A tar has its magic at byte 257.)
   if start.startswith(_LEGACY_PICKLE) or start[257:262] == b'ustar':
     raise ArchiveError(
       f'{path}: written by PyTorch before 1.6, or with '
@@ -137,12 +140,19 @@ def _load(archive: zipfile.ZipFile, path: pathlib.Path) -> Any:
 class _Unpickler(pickle.Unpickler):
   """Rebuilds tensors as arrays; knows no other names."""
 
-  def __init__(self, stream, archive, root, path):
+  def __init__(
+    self,
+    stream: IO[bytes],
+    archive: zipfile.ZipFile,
+    root: str,
+    path: pathlib.Path,
+  ) -> None:
     super().__init__(stream, encoding='utf-8')
     self._archive, self._root, self._path = archive, root, path
     self._stand_ins = _stand_ins()
     self._storages: dict[str, np.ndarray] = {}
 
+  # The unpickler's only way to a name, so what is refused here never runs.
   def find_class(self, module: str, name: str) -> Any:
     """Returns the stand-in for an allowed name; refuses all others."""
     if (module, name) in self._stand_ins:
@@ -189,6 +199,7 @@ def _rebuild_tensor(
   """A view of a storage, as torch.Tensor.as_strided."""
   if not isinstance(storage, np.ndarray):
     raise ArchiveError('a tensor without a storage')
+  # A pickle may hold anything: nothing of it is believed before it is checked.
   numbers = (offset, *size, *stride)
   if len(size) != len(stride) or not all(
     isinstance(n, int) and n >= 0 for n in numbers
@@ -282,8 +293,11 @@ def _pickle(arrays: Mapping[str, np.ndarray]) -> Iterator[bytes]:
   empty_dict = ordered_dict + pickle.EMPTY_TUPLE + pickle.REDUCE
   yield pickle.PROTO + b'\x02' + empty_dict + pickle.MARK
   for key, (name, array) in enumerate(arrays.items()):
+    # PyTorch counts strides in numbers, NumPy in bytes.
     strides = tuple(stride // array.itemsize for stride in array.strides)
     yield _text(name) + _global('torch._utils', '_rebuild_tensor_v2')
+    # Arguments of _rebuild_tensor_v2: storage (a persistent id, see
+    # `persistent_load`), offset, size, stride, requires_grad, backward hooks.
     yield pickle.MARK + pickle.MARK + _text('storage')
     yield _global('torch', _STORAGE_NAMES[array.dtype])
     yield _text(str(key)) + _text('cpu') + _int(array.size)

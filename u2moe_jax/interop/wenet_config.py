@@ -99,6 +99,8 @@ def feature_config(
       f'dataset_conf.fbank_conf.num_mel_bins is {bins}, input_dim is '
       f'{model.feature_dim}'
     )
+  # Without the key the reference's default would be 23 bins; what the model
+  # takes is known.
   return config_lib.FeatureConfig(
     **values | {'num_mel_bins': model.feature_dim}
   )
@@ -154,6 +156,7 @@ def to_yaml(
     'input_dim': model.feature_dim,
     'output_dim': model.vocab_size,
   }
+  # (Either name of the model is fine, so one that is there stays.)
   result.setdefault('model', 'asr_model')
   _write(result, 'encoder_conf', model.encoder, model.encoder.moe)
   _write(result, 'ctc_conf', model)
@@ -164,6 +167,7 @@ def to_yaml(
   result['encoder_conf']['selfattention_layer_type'] = (
     wenet_keys.SELF_ATTENTION[model.encoder.position]
   )
+  # The loss weights it came with stay: a model directory has none.
   result.setdefault('model_conf', _loss_weights(model))
   special = _enter(_enter(result, 'tokenizer_conf'), 'special_tokens')
   special |= {'<blank>': model.blank_id, '<sos>': model.sos, '<eos>': model.eos}
@@ -192,13 +196,19 @@ def _enter(tree: dict[str, Any], key: str) -> dict[str, Any]:
   return tree[key]
 
 
-def _write(result, group, config, moe=None) -> None:
+def _write(
+  result: dict[str, Any],
+  group: str,
+  config: Any,
+  moe: config_lib.MoeConfig | None = None,
+) -> None:
   """Writes a group's keys from our config, over what is there."""
   conf = result
   for name in group.split('.'):
     conf = _enter(conf, name)
   for key, spec in wenet_keys.GROUPS[group].items():
     value = getattr(config, spec.ours)
+    # 25 and not 25.0, as recipes have it.
     whole = isinstance(value, float) and value == int(value)
     conf[key] = int(value) if whole else value
   if moe is not None and moe.num_experts:
@@ -281,7 +291,9 @@ def _check_attention(conf: Yaml) -> None:
     )
 
 
-def _values(yaml: Yaml, group: str, keys=None) -> dict[str, Any]:
+def _values(
+  yaml: Yaml, group: str, keys: Mapping[str, wenet_keys.Key] | None = None
+) -> dict[str, Any]:
   """Our names and values of a group's keys."""
   conf = _group(yaml, group)
   return {
@@ -298,6 +310,7 @@ def _value(where: str, value: Any, spec: wenet_keys.Key) -> Any:
       return float(value)
     except (TypeError, ValueError):
       pass
+  # Not isinstance: True is an int, and `num_blocks: true` is a mistake.
   if type(value) is not kind:
     raise WenetError(f'{where} is {value!r}, not {kind.__name__}')
   if spec.choices and value not in spec.choices:
@@ -308,6 +321,7 @@ def _value(where: str, value: Any, spec: wenet_keys.Key) -> Any:
 def _encoder_config(
   yaml: Yaml, *, reference_quirks: bool
 ) -> config_lib.EncoderConfig:
+  # A quirk only where the layer that has it is there.
   values = _values(yaml, 'encoder_conf')
   return config_lib.EncoderConfig(
     **values,

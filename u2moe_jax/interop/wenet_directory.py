@@ -89,6 +89,7 @@ def read_config(path: Path) -> Source:
 def _with_blank(yaml: dict[str, Any], blank: int, where: str) -> dict[str, Any]:
   """The yaml with its blank id; refuses two that differ."""
   conf = dict(yaml.get('ctc_conf') or {})
+  # Decoding with the wrong blank gives nonsense, so two sources must agree.
   if conf.setdefault('ctc_blank_id', blank) != blank:
     raise WenetError(
       f'{where} is {blank}, ctc_conf.ctc_blank_id is {conf["ctc_blank_id"]}'
@@ -107,6 +108,7 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
   if pathlib.Path(path).suffix != '.npz':
     return torch_archive.load(path)
   try:
+    # A pickle could run anything.
     with np.load(path, allow_pickle=False) as file:
       return dict(file)
   except (ValueError, zipfile.BadZipFile, EOFError) as error:
@@ -142,6 +144,7 @@ def import_model(
     OSError: if a file cannot be read or written.
   """
   _require_replaceable(out, 'model.json')
+  # All of it is read and checked before anything is written.
   source, state = read_config(config), read_weights(weights)
   tokenizer = _read_tokenizer(units, bpe_model, source.yaml)
   yaml = source.yaml
@@ -172,6 +175,7 @@ def import_model(
       reference_quirks=reference_quirks,
     ),
   )
+  # `directory.write` copies folders, and only what is complete gets its name.
   with tempfile.TemporaryDirectory() as scratch:
     folder = pathlib.Path(scratch)
     extras = _write_extras(folder / _EXTRAS, yaml, unused)
@@ -228,7 +232,9 @@ def _read_tokenizer(
     raise WenetError(f'{bpe_model}: {error}') from error
 
 
-def _with_units(yaml, tokenizer, units) -> dict[str, Any]:
+def _with_units(
+  yaml: dict[str, Any], tokenizer: tokenizer_lib.Tokenizer, units: Path | None
+) -> dict[str, Any]:
   """What the reference takes from units.txt: the vocabulary and the blank."""
   size = yaml.get('output_dim', yaml.get('vocab_size'))
   if size not in (None, tokenizer.vocab_size):
@@ -241,7 +247,12 @@ def _with_units(yaml, tokenizer, units) -> dict[str, Any]:
   return yaml
 
 
-def _cmvn(state, ours, yaml, path) -> tuple[dict[str, np.ndarray], str]:
+def _cmvn(
+  state: Mapping[str, np.ndarray],
+  ours: dict[str, np.ndarray],
+  yaml: Mapping[str, Any],
+  path: Path | None,
+) -> tuple[dict[str, np.ndarray], str]:
   """CMVN of the weights, else of the file, else none; and what was chosen."""
   if any(name.endswith('global_cmvn.mean') for name in state):
     return ours, 'CMVN: from the weights'
@@ -261,7 +272,11 @@ def _cmvn(state, ours, yaml, path) -> tuple[dict[str, np.ndarray], str]:
   return {k: v.astype(np.float32) for k, v in found.items()}, f'CMVN: {path}'
 
 
-def _write_extras(folder, yaml, unused) -> pathlib.Path:
+def _write_extras(
+  folder: pathlib.Path,
+  yaml: Mapping[str, Any],
+  unused: Mapping[str, Any],
+) -> pathlib.Path:
   folder.mkdir()
   _write_yaml(folder / _YAML, yaml)
   if unused:
@@ -283,7 +298,13 @@ def _summary(model: config_lib.ModelConfig, out: Path) -> str:
   )
 
 
-def _notes(model, tokenizer, yaml, *, reference_quirks) -> list[str]:
+def _notes(
+  model: config_lib.ModelConfig,
+  tokenizer: tokenizer_lib.Tokenizer | None,
+  yaml: Mapping[str, Any],
+  *,
+  reference_quirks: bool,
+) -> list[str]:
   notes = []
   if tokenizer is None:
     notes.append('no --units: decoding prints ids')
@@ -371,7 +392,9 @@ def _read_extras(folder: pathlib.Path):
   return read_config(folder / _YAML).yaml, arrays
 
 
-def _name_files(yaml, tokens, *, has_cmvn: bool) -> None:
+def _name_files(
+  yaml: dict[str, Any], tokens: pathlib.Path | None, *, has_cmvn: bool
+) -> None:
   """Points the yaml at the files beside it, where it names none."""
   if has_cmvn:
     yaml.setdefault('cmvn', 'global_cmvn')
@@ -382,6 +405,7 @@ def _name_files(yaml, tokens, *, has_cmvn: bool) -> None:
     return
   is_bpe = (tokens / _BPE).is_file()
   yaml.setdefault('tokenizer', 'bpe' if is_bpe else 'char')
+  # What the yaml came with wins: it stands on the right.
   yaml['tokenizer_conf'] = {
     'symbol_table_path': _UNITS,
     'split_with_space': False,
@@ -390,9 +414,10 @@ def _name_files(yaml, tokens, *, has_cmvn: bool) -> None:
   } | yaml['tokenizer_conf']
 
 
-def _cmvn_stats(cmvn) -> cmvn_lib.CmvnStats:
+def _cmvn_stats(cmvn: Mapping[str, Any]) -> cmvn_lib.CmvnStats:
   """Statistics over one frame, as it were, with this mean and deviation."""
   mean, istd = (np.asarray(cmvn[k], np.float64) for k in ('mean', 'istd'))
+  # The mean of the squares is variance plus squared mean.
   return cmvn_lib.CmvnStats(mean, istd**-2 + mean**2, 1)
 
 

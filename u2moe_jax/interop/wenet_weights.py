@@ -18,6 +18,8 @@ import jax
 import numpy as np
 
 from u2moe_jax import config as config_lib
+from u2moe_jax.array_types import Array
+from u2moe_jax.array_types import Key
 from u2moe_jax.array_types import PyTree
 from u2moe_jax.interop import wenet_config
 from u2moe_jax.models import u2
@@ -47,6 +49,7 @@ class Form:
 
 _SAME = Form(lambda a, shape: a, lambda a: a)
 _FLAT = Form(lambda a, shape: a.reshape(shape), lambda a: a.reshape(-1))
+# PyTorch has (out, in) where Flax has (in, out).
 _LINEAR = Form(lambda a, shape: a.T, lambda a: a.T)
 _TO_HEADS = Form(  # (HK, D) and (D, H, K)
   lambda a, shape: a.T.reshape(shape), lambda a: a.reshape(len(a), -1).T
@@ -115,12 +118,16 @@ def entries(
     yield Entry(f'{_CMVN}{part}', ('buffers', 'cmvn', part), (), _SAME)
 
 
-def _linear(name, place, index=()) -> Iterator[Entry]:
+def _linear(
+  name: str, place: Place, index: tuple[int, ...] = ()
+) -> Iterator[Entry]:
   yield Entry(f'{name}.weight', (*place, 'kernel'), index, _LINEAR)
   yield Entry(f'{name}.bias', (*place, 'bias'), index, _SAME)
 
 
-def _norm(name, place, index=()) -> Iterator[Entry]:
+def _norm(
+  name: str, place: Place, index: tuple[int, ...] = ()
+) -> Iterator[Entry]:
   yield Entry(f'{name}.weight', (*place, 'scale'), index, _SAME)
   yield Entry(f'{name}.bias', (*place, 'bias'), index, _SAME)
 
@@ -133,16 +140,23 @@ def _encoder(config: config_lib.EncoderConfig) -> Iterator[Entry]:
   yield from _norm('encoder.after_norm', (*place, 'norm'))
 
 
-def _subsampling(kind, place) -> Iterator[Entry]:
+def _subsampling(kind: config_lib.Subsampling, place: Place) -> Iterator[Entry]:
   for i in range(3 if kind == 'conv2d8' else 2):
     name = f'encoder.embed.conv.{2 * i}'  # a ReLU after each
     yield Entry(f'{name}.weight', (*place, f'kernel_{i}'), (), _CONV2D)
     yield Entry(f'{name}.bias', (*place, f'bias_{i}'), (), _SAME)
+  # The reference calls it by another name in x6 and x8.
   output = 'out.0' if kind == 'conv2d' else 'linear'
   yield from _linear(f'encoder.embed.{output}', (*place, 'output'))
 
 
-def _block(name, place, index, config) -> Iterator[Entry]:
+def _block(
+  name: str,
+  place: Place,
+  index: tuple[int, ...],
+  config: config_lib.EncoderConfig,
+) -> Iterator[Entry]:
+  # Their `feed_forward` is the second of the two half steps of a block.
   layers = {
     'feed_forward': ('ffn_final', 'norm_ff', 'norm_ffn_final'),
     'feed_forward_macaron': (
@@ -173,7 +187,9 @@ def _block(name, place, index, config) -> Iterator[Entry]:
     yield from _norm(f'{name}.{theirs}', (*place, ours), index)
 
 
-def _attention(name, place, index) -> Iterator[Entry]:
+def _attention(
+  name: str, place: Place, index: tuple[int, ...]
+) -> Iterator[Entry]:
   for theirs, ours in (('q', 'query'), ('k', 'key'), ('v', 'value')):
     linear, into = f'{name}.linear_{theirs}', (*place, ours)
     yield Entry(f'{linear}.weight', (*into, 'kernel'), index, _TO_HEADS)
@@ -183,7 +199,9 @@ def _attention(name, place, index) -> Iterator[Entry]:
   yield Entry(f'{linear}.bias', (*into, 'bias'), index, _SAME)
 
 
-def _positions(name, place, index) -> Iterator[Entry]:
+def _positions(
+  name: str, place: Place, index: tuple[int, ...]
+) -> Iterator[Entry]:
   """What scores the absolute position of every key."""
   kernel = (*place, 'position', 'kernel')
   yield Entry(f'{name}.linear_pos.weight', kernel, index, _TO_HEADS)
@@ -191,7 +209,9 @@ def _positions(name, place, index) -> Iterator[Entry]:
     yield Entry(f'{name}.pos_bias_{theirs}', (*place, ours), index, _SAME)
 
 
-def _convolution(name, place, index, norm) -> Iterator[Entry]:
+def _convolution(
+  name: str, place: Place, index: tuple[int, ...], norm: config_lib.ConvNorm
+) -> Iterator[Entry]:
   for theirs, ours in (
     ('pointwise_conv1', 'pointwise_in'),
     ('pointwise_conv2', 'pointwise_out'),
@@ -218,7 +238,9 @@ def _convolution(name, place, index, norm) -> Iterator[Entry]:
     yield Entry(f'{name}.norm.{theirs}', running, index, _SAME)
 
 
-def _feed_forward(name, place, index, num_experts) -> Iterator[Entry]:
+def _feed_forward(
+  name: str, place: Place, index: tuple[int, ...], num_experts: int
+) -> Iterator[Entry]:
   if not num_experts:
     yield from _linear(f'{name}.w_1', (*place, 'w_in'), index)
     yield from _linear(f'{name}.w_2', (*place, 'w_out'), index)
@@ -232,7 +254,9 @@ def _feed_forward(name, place, index, num_experts) -> Iterator[Entry]:
       yield Entry(f'{expert}.bias', (*place, f'b_{ours}'), at, _SAME)
 
 
-def _decoder(name, place, num_blocks, config) -> Iterator[Entry]:
+def _decoder(
+  name: str, place: Place, num_blocks: int, config: config_lib.DecoderConfig
+) -> Iterator[Entry]:
   embedding = (*place, 'embedding', 'embedding')
   yield Entry(f'{name}.embed.0.weight', embedding, (), _SAME)
   layers = (*place, 'layers')
@@ -265,6 +289,7 @@ def model_variables(
       that float32 cannot hold.
   """
   table = list(entries(config, left_decoder=_has_left_decoder(state)))
+  # The reference keeps CMVN in the model or has none; the buffers always have.
   if not any(name.startswith(_CMVN) for name in state):
     table = [e for e in table if not e.name.startswith(_CMVN)]
   _require_same_names(state, {e.name for e in table}, config)
@@ -334,6 +359,7 @@ def unused_entries(
 def _is_unused(name: str, config: config_lib.ModelConfig) -> bool:
   if name.endswith(_UNUSED_SUFFIXES):
     return True
+  # Embedding, norm and output are there even without layers.
   without_layers = _decoder(_RIGHT, (), 0, config.decoder)
   return config.decoder.num_reverse_blocks == 0 and name in {
     entry.name for entry in without_layers
@@ -344,7 +370,9 @@ def _has_left_decoder(state: StateDict) -> bool:
   return any(name.startswith(f'{_LEFT}.') for name in state)
 
 
-def _require_same_names(state, expected, config) -> None:
+def _require_same_names(
+  state: StateDict, expected: set[str], config: config_lib.ModelConfig
+) -> None:
   missing = sorted(expected - set(state))
   if missing:
     raise WenetError(
@@ -365,7 +393,7 @@ def _shapes(config: config_lib.ModelConfig) -> dict[Place, Any]:
   """Shapes of our parameters and buffers, by path."""
   model = u2.U2MoeModel(config)
 
-  def init(key):
+  def init(key: Key[Array, '']) -> dict[str, PyTree]:
     return {
       'params': u2.init_params(model, key),
       'buffers': u2.init_buffers(config),
@@ -375,7 +403,9 @@ def _shapes(config: config_lib.ModelConfig) -> dict[Place, Any]:
   return traverse_util.flatten_dict(tree)
 
 
-def _require_same_leaves(leaves, config) -> None:
+def _require_same_leaves(
+  leaves: Mapping[Place, np.ndarray], config: config_lib.ModelConfig
+) -> None:
   """Refuses trees that are not the config's; buffers may be left out."""
   expected = _shapes(config)
   for place in sorted({*expected, *leaves}):
@@ -392,7 +422,9 @@ def _require_same_leaves(leaves, config) -> None:
       )
 
 
-def _checked(entry: Entry, array: np.ndarray, shape) -> np.ndarray:
+def _checked(
+  entry: Entry, array: np.ndarray, shape: tuple[int, ...]
+) -> np.ndarray:
   """The array in float32, if it is one that the place can hold."""
   # Nothing is written, so the memory is never touched.
   expected = entry.form.to_theirs(np.empty(shape, np.float32)).shape
@@ -404,6 +436,7 @@ def _checked(entry: Entry, array: np.ndarray, shape) -> np.ndarray:
   result = array.astype(np.float32, copy=False)
   if array.dtype.kind not in 'fV':  # V: bfloat16, which is not NumPy's own
     raise WenetError(f'{entry.name} has type {array.dtype}, not a float')
+  # float64 is fine where no digit gets lost.
   if array.dtype.itemsize > 4 and not np.array_equal(
     result, array, equal_nan=True
   ):

@@ -53,6 +53,7 @@ class Tokenizer(abc.ABC):
     unknown = self.special.unk
     pieces = self._split(' '.join(text.split()))
     ids = [self._ids.get(piece, unknown) for piece in pieces]
+    # A table without <unk> leaves out what it lacks.
     return [i for i in ids if i >= 0]
 
   def decode(self, ids: Iterable[int]) -> str:

@@ -71,6 +71,7 @@ class BpeTokenizer(base_tokenizer.Tokenizer):
     return ''.join(tokens).replace(units.SPACE, ' ').strip()
 
   def _knows(self, character: str) -> bool:
+    # sentencepiece cuts any text; whether the pieces have ids is the question.
     return all(piece in self._ids for piece in self._split(character))
 
 
@@ -102,6 +103,7 @@ def train_bpe(
   sentences: list[str] = []
   for text in texts:
     parts = _CJK.split(text.upper() if uppercase else text)
+    # A split by a group gives text and separators in turn.
     chinese.update(parts[1::2])
     sentences += [' '.join(part.split()) for part in parts[::2] if part.strip()]
   model = _train_sentencepiece(

@@ -74,6 +74,7 @@ def vtt(shown: Sequence[Caption]) -> str:
   """WebVTT; `&` and `<` are escaped, as they would begin markup."""
   blocks = ['WEBVTT\n']
   for each in shown:
+    # `&` first, or the escapes themselves would be escaped.
     text = each.text.replace('&', '&amp;').replace('<', '&lt;')
     text = text.replace('>', '&gt;')
     times = f'{_clock(each.start, ".")} --> {_clock(each.end, ".")}'
@@ -100,6 +101,7 @@ def ctm(
 
 def _clock(seconds: float, point: str) -> str:
   """Hours, minutes, seconds and milliseconds."""
+  # Rounded once, before it is taken apart: no field can read 60 or 1000.
   thousandths = round(1000 * max(seconds, 0.0))
   whole, rest = divmod(thousandths, 1000)
   minutes, second = divmod(whole, 60)

@@ -192,6 +192,7 @@ def align(reference: str, hypothesis: str, *, unit: Unit = 'word') -> list[Row]:
     elif step.tag == 'insert':
       rows += [(None, token) for token in from_right]
     else:
+      # Equal or replaced: as many tokens on both sides.
       rows += zip(from_left, from_right, strict=True)
   return rows
 
@@ -247,6 +248,7 @@ def _tokens(text: str, unit: Unit) -> list[str]:
   if unit == 'word':
     return text.split()
   if unit == 'character':
+    # A CER with spaces would count word boundaries, which Chinese has none of.
     return list(''.join(text.split()))
   if unit == 'mixed':
     return words.split(text)

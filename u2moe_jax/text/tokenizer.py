@@ -52,6 +52,7 @@ class CharTokenizer(base_tokenizer.Tokenizer):
     super().__init__(tokens)
     symbols = [
       re.escape(token)
+      # Longest first: of alternatives a regular expression takes the first.
       for token in sorted(self.tokens, key=len, reverse=True)
       if _is_whole(token) and token not in units.RESERVED
     ]

@@ -53,6 +53,7 @@ def special_ids(tokens: Sequence[str]) -> SpecialIds:
   if not tokens:
     raise ValueError('the token table is empty')
   ids = {token: index for index, token in enumerate(tokens)}
+  # The last id: what the reference takes without such names.
   both = ids.get(SOS_EOS, len(tokens) - 1)
   return SpecialIds(
     blank=ids.get(BLANK, 0),

@@ -125,6 +125,7 @@ def timed(
 
 
 def _geometric_mean(values: Sequence[float]) -> float:
+  # The logarithm of 0 would raise.
   if min(values) <= 0:
     return 0.0
   return math.exp(math.fsum(map(math.log, values)) / len(values))
@@ -154,6 +155,7 @@ def _pieces(
 
 def _characters(pieces: Sequence[bytes]) -> Iterator[tuple[str, int, int]]:
   """Each character, its first token, and the one behind its last."""
+  # A byte token may be a part of a character, and a search may end inside one.
   decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
   first = 0
   for index, piece in enumerate(pieces):
@@ -161,6 +163,7 @@ def _characters(pieces: Sequence[bytes]) -> Iterator[tuple[str, int, int]]:
       # A byte that breaks a character off begins the next one.
       yield character, min(first, index), index + 1
       first = index
+    # No bytes wait for the rest of a character, so the next one begins later.
     if not decoder.getstate()[0]:
       first = index + 1
   for character in decoder.decode(b'', final=True):
