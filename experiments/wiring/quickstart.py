@@ -82,7 +82,7 @@ def _example(source: sources.Source):
   return utterance.key, source.load(index), utterance.txt
 
 
-def _tell_differences(results) -> None:
+def _tell_differences(results: list[dict[str, Any]]) -> None:
   for entry in results:
     if not entry['streaming']:
       continue

@@ -60,6 +60,7 @@ def train(
     `model/` holds the average of the best checkpoints so far, if there are any.
   """
   workdir = pathlib.Path(workdir).absolute()
+  # First: a mesh that does not fit the devices must not cost reading the data.
   mesh = mesh_lib.make_mesh(config.mesh)
   resources = preparing.prepare(config, workdir, strict=strict)
   config = resources.config
@@ -97,7 +98,9 @@ def train(
   return done
 
 
-def _is_done(resources, workdir: pathlib.Path, store: store_lib.Store) -> bool:
+def _is_done(
+  resources: preparing.Resources, workdir: pathlib.Path, store: store_lib.Store
+) -> bool:
   step = store.latest_step()
   if step is None or step < resources.config.train.num_steps:
     return False
@@ -150,6 +153,8 @@ def make_trainer(
     state=state,
     train_step=machinery.train,
     place=place,
+    # `start`, the number of a batch, is all that a checkpoint keeps of the
+    # data.
     batches=lambda start: batches.iterate(
       start,
       num_workers=config.data.num_workers,
@@ -160,6 +165,7 @@ def make_trainer(
     skips=resources.skips,
     counters=counters,
     options=options or loop.Options(),
+    # Of the program that runs: shapes differ in their work.
     num_flops=lambda shape: machinery.train.program(shape).num_flops,
     peak_flops=peak * jax.device_count() if peak else None,
   )
@@ -174,6 +180,8 @@ def _make_batches(
   """The batches of the run: on any mesh those that it began with."""
   file = workdir / 'buckets.json'
   known = None
+  # Without a checkpoint nothing hangs on old buckets yet, and they are made
+  # anew.
   if store.latest_step() is not None and file.is_file():
     tree = json.loads(file.read_text(encoding='utf-8'))
     known = [plan.Bucket(**each) for each in tree]
@@ -186,6 +194,7 @@ def _make_batches(
     **_this_host(),
   )
   if known is None and processes.is_first():
+    # Those of the plan: the rows that a mesh adds are none of the run.
     tree = [dataclasses.asdict(each) for each in batches.planned_buckets]
     preparing.write_json(file, tree)
   if known not in (None, batches.buckets):
@@ -203,7 +212,9 @@ def _this_host() -> dict[str, int]:
   }
 
 
-def _dev_batches(resources, batches):
+def _dev_batches(
+  resources: preparing.Resources, batches: pipeline.TrainBatches
+):
   """Arrays and transcripts of every dev batch; kept, they are few.
 
   With several hosts the arrays are this host's rows, the transcripts all.
@@ -220,6 +231,7 @@ def _dev_batches(resources, batches):
   ):
     skipped += host.skipped
     dev.append((host.arrays, [resources.dev.text(i) for i in indices]))
+  # Each host has opened only its rows, and each must know of all.
   resources.skips.add(skips_lib.shared(skipped), split='dev')
   return dev
 
@@ -247,6 +259,7 @@ def _first_state(
   )
   if resources.source is not None:
     processes.say(resources.source.describe())
+    # Under jit moments are born with their shardings.
     init = jax.jit(optimizer.init, out_shardings=shardings.opt_state)
     state = resources.source.apply(state, init)
   return state, loop.Counters()
@@ -256,11 +269,12 @@ def _make_evaluate(resources, eval_step, dev, place):
   if eval_step is None:
     return None
 
-  def run(params, buffers, should_stop):
+  def run(params: PyTree, buffers: PyTree, should_stop):
     return evaluate.evaluate(
       eval_step,
       params,
       buffers,
+      # Placed one by one: the devices hold a single dev batch.
       ((place(arrays), texts) for arrays, texts in dev),
       to_text=resources.tokenizer.decode,
       blank_id=resources.config.model.blank_id,
@@ -270,7 +284,7 @@ def _make_evaluate(resources, eval_step, dev, place):
   return run
 
 
-def _announce(resources, mesh) -> None:
+def _announce(resources: preparing.Resources, mesh: jax.sharding.Mesh) -> None:
   config = resources.config
   total, active = u2.count_params(config.model)
   shapes = dict(mesh.shape)
@@ -322,14 +336,22 @@ def _tell_problems(corpus, tokenizer) -> None:
     )
 
 
-def write_model(resources, workdir, store, state) -> None:
+def write_model(
+  resources: preparing.Resources,
+  workdir: pathlib.Path,
+  store: store_lib.Store,
+  state: state_lib.TrainState,
+) -> None:
   """Averages the best checkpoints into WORKDIR/model."""
   config = resources.config
+  # Saving goes on in the background.
   store.wait()
   steps = store.best_steps(config.train.average_best)
   target = store_lib.as_abstract(
     {'params': state.params, 'buffers': state.buffers}
   )
+  # `_readable` fills `steps` while `average` draws from it, so they are known
+  # only behind that line.
   steps, candidates = [], steps
   averaged = average.average(_readable(store, candidates, target, steps))
   directory.write(
@@ -348,7 +370,12 @@ def write_model(resources, workdir, store, state) -> None:
   processes.say(f'wrote {workdir / "model"} (average of steps {steps})')
 
 
-def _readable(store, candidates, target, steps) -> Iterator[PyTree]:
+def _readable(
+  store: store_lib.Store,
+  candidates: list[int],
+  target: PyTree,
+  steps: list[int],
+) -> Iterator[PyTree]:
   """Yields the parameters that can be read, and notes in `steps` whose."""
   for step in candidates:
     try:
