@@ -37,6 +37,7 @@ def run(
   options: harness.Options, *, mode: config_lib.DecodingMode
 ) -> Iterator[dict[str, Any]]:
   """Offline decoding of equal utterances, full context."""
+  # No batch is to be cut in two.
   settings = config_lib.DecodeConfig(mode=mode, batch_seconds=1e6)
   for name in options.configs:
     # Nothing holds a model while the next one is made.
@@ -106,18 +107,23 @@ def _set_blank(
     How many it has.
   """
   blank_id = recognizer.description.model.blank_id
-  log_probs = np.array(recognizer.encode(padded).log_probs[0])
+  log_probs = np.array(recognizer.encode(padded).log_probs[0])  # [T, V]
   blank = log_probs[:, blank_id].copy()
+  # The best other token of each frame, and how far the blank lies before it.
   log_probs[:, blank_id] = -np.inf
   ids, lead = log_probs.argmax(axis=1), blank - log_probs.max(axis=1)
 
   def count(shift: float) -> int:
     path = np.where(lead + shift > 0, blank_id, ids)
+    # A token begins where the frame differs from the one before.
     starts = path != np.concatenate([[blank_id], path[:-1]])
     return int(np.sum(starts & (path != blank_id)))
 
+  # The count changes only where a frame's blank just wins: these are all the
+  # shifts worth trying.
   shift = min(-lead, key=lambda shift: abs(count(shift) - num_tokens))
   bias = recognizer.params['ctc']['bias']
+  # New dictionaries: other recognisers share the old ones.
   ctc = recognizer.params['ctc'] | {'bias': bias.at[blank_id].add(shift)}
   recognizer.params = recognizer.params | {'ctc': ctc}
   return count(shift)
@@ -130,7 +136,12 @@ def _speed(wall_s: float, seconds: float, batch: int) -> dict[str, float]:
   }
 
 
-def _stream(recognizer, samples, batch: int, runs: list[list[float]]) -> int:
+def _stream(
+  recognizer: recognizer_lib.Recognizer,
+  samples: np.ndarray,
+  batch: int,
+  runs: list[list[float]],
+) -> int:
   """Streams once, side by side, in pieces of a tenth of a second.
 
   Args:
@@ -151,6 +162,7 @@ def _stream(recognizer, samples, batch: int, runs: list[list[float]]) -> int:
     begun = time.perf_counter()
     for stream in streams:
       stream.feed(samples[start : start + size])
+    # Pieces that fill no chunk are no step.
     if pool.step():
       step_ms.append(1000 * (time.perf_counter() - begun))
   return sum(len(stream.finish()) for stream in streams)
@@ -179,6 +191,7 @@ def _streams(
       functools.partial(_stream, recognizer, samples, batch, runs),
       options.repeats,
     )
+    # Without the warm calls, of which the first compiles.
     step_ms = list(itertools.chain(*runs[-options.repeats :]))
     yield {
       'bench': 'stream',

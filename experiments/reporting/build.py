@@ -52,6 +52,7 @@ def build(
   if log is None:
     notes.append('There is no metrics.jsonl here, so there are no curves.')
   else:
+    # A plot whose data are not there is None, and `_save` leaves it out.
     plots |= _training_plots(log)
     if log.num_unreadable:
       notes.append(f'Unreadable lines in metrics.jsonl: {log.num_unreadable}.')
@@ -63,6 +64,7 @@ def build(
     title=title,
     results=results,
     figures=_save(plots, workdir / 'plots'),
+    # The caller's facts win.
     facts=_facts(recognizer, log) | dict(facts or {}),
     notes=notes,
   )
@@ -154,6 +156,7 @@ def _facts(
   facts: dict[str, str] = {}
   if recognizer is not None:
     facts |= _model_facts(recognizer)
+  # From the log, not the config: a run that was stopped has fewer.
   losses = None if log is None else log.series('train', 'loss')
   if losses is not None and len(losses):
     facts['Trained'] = f'{losses.steps[-1]:,} updates'

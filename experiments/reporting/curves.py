@@ -73,6 +73,7 @@ def _draw_losses(axes: Any, parts: list[tuple]) -> None:
     values += [train.values, dev.values]
     has_dev |= len(dev) > 0
   if has_dev:
+    # No data: one grey dot for the legend, instead of one a colour.
     axes.plot([], [], 'o', color=drawing.GREY, label='on the dev set')
   drawing.value_axis(axes, values)
   axes.set_title('Loss')
