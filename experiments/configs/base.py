@@ -97,5 +97,6 @@ def with_experts(
     num_experts: experts per layer; 0 makes the model dense.
   """
   for part in (config.model.encoder, config.model.decoder):
+    # The ConfigDict is locked: a key that moves or is misspelt fails here.
     part.moe.num_experts = num_experts
   return config

@@ -242,14 +242,9 @@ def _pass(
   tokens: jax.Array,
 ) -> dict[str, Any]:
   inputs = u2.DecoderInputs(tokens=tokens, mask=jnp.ones_like(tokens, bool))
+  # The same tokens for both decoders; not reversed, as nobody reads them.
   outputs = model.apply(
-    # The same tokens for both decoders; not reversed, as nobody reads them.
-    {'params': params},
-    features,
-    lengths,
-    buffers,
-    inputs,
-    inputs,
+    {'params': params}, features, lengths, buffers, inputs, inputs
   )
   log_probs = {'ctc': outputs.ctc_log_probs}
   heads = {'forward': outputs.forward, 'backward': outputs.backward}
