@@ -77,6 +77,7 @@ def main(_: list[str]) -> int:
   from u2moe_jax.decoding import recognizer
   from u2moe_jax.sharding import mesh as mesh_lib
 
+  # Now, and not when hours of decoding are to be written.
   transcripts.require_format(_FORMAT.value, config.mode)
   host = None
   if _SHARD.value is not None:

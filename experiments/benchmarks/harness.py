@@ -161,6 +161,7 @@ def with_dtype(
 
 def _init(config: config_lib.ModelConfig) -> tuple[PyTree, PyTree]:
   model = u2.U2MoeModel(config)
+  # The boxes name logical axes, which one device has no use for.
   init = jax.jit(lambda key: nn.meta.unbox(u2.init_params(model, key)))
   return init(jax.random.key(0)), u2.init_buffers(config)
 

@@ -70,6 +70,7 @@ def _draw_losses(axes: Any, parts: list[tuple]) -> None:
     _draw_smoothed(axes, train, color=color, label=label, ls=style)
     size = 3.5 if last else 6
     axes.plot(dev.steps, dev.values, 'o', color=color, ms=size, mec='white')
+    # The axis must hold the dots too.
     values += [train.values, dev.values]
     has_dev |= len(dev) > 0
   if has_dev:

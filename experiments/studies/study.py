@@ -103,6 +103,7 @@ class Request:
       raise config_lib.ConfigError(
         '--studies=shift starts from the dense model of builtin; add that one'
       )
+    # In this order: `shift` starts from what `builtin` has trained.
     return tuple(name for name in design.STUDIES if name in chosen)
 
   def lengths(self, study: str) -> design.Lengths:
@@ -116,6 +117,7 @@ class Request:
 
   def recipe(self, study: str) -> design.Recipe:
     """What the arms of a study have in common."""
+    # `shift` continues the model of the built-in corpus, so it has its config.
     tree = self.an4_config if study == 'an4' else self.config
     return design.Recipe(
       config=config_lib.from_dict(config_lib.Config, tree),

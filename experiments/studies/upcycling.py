@@ -102,6 +102,7 @@ def main(_: list[str]) -> int:
   try:
     done = study.run(_request(), workdir, say=_say)
   except running.ReceiptError as error:
+    # A check said no: neither bad input nor a defect of this script.
     print(f'error: {error}', file=sys.stderr, flush=True)
     return command.FAILED
   return command.OK if done else command.INTERRUPTED

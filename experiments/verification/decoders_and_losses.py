@@ -130,6 +130,7 @@ def _ctc_log_probs(
     log_probs(port, chunk, left, penalty),
     quantity.value,
     compare.LOG_PROBS,
+    # Which frames are real does not hang on chunks.
     mask=encoder.encode(port).mask,
   )
 
@@ -209,12 +210,14 @@ def loss_part(
   result, _ = run_objective(port, chunk, left, training=training)
   # Names with a slash are arrays of single routers.
   metrics = {k: m for k, m in result.metrics.items() if '/' not in k}
+  # Metrics are a sum and a count, so that they can be added up.
   parts = {k: float(m.total / m.count) for k, m in metrics.items()}
   parts.setdefault('loss_l2r', 0.0)
   reverse = port.train_config.reverse_weight
   # Ours runs it as soon as the model has it.
   if reverse == 0:
     parts['loss_r2l'] = 0.0
+  # The reference tells the weighted sum of both decoders as one number.
   parts['loss_att'] = (1 - reverse) * parts['loss_l2r'] + reverse * parts.get(
     'loss_r2l', 0.0
   )

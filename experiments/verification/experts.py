@@ -55,7 +55,7 @@ def _router(
   # Stacked over the blocks: in the reference all of them have experts.
   ours = np.asarray(field)[block]  # [B, T, E or J]
   ours = ours.reshape(-1, ours.shape[-1])  # [B * T, E or J]
-  mask = mask.reshape(-1)
+  mask = mask.reshape(-1)  # [B * T]
   if part == 'topk_index':
     yield compare.equal(quantity.path, ours, quantity.value, mask=mask)
   else:

@@ -19,6 +19,7 @@ _LARGEST, _MEAN = 1e-2, 5e-5  # of log energies
 def _samples(port: port_lib.Port, name: str) -> tuple[np.ndarray, int]:
   """A recording of the case, and its rate."""
   path = port.case.folder / f'{name}.wav'
+  # At its own rate: a resampler would be compared as well.
   rate = soundfile.info(path).samplerate
   return audio.load_audio(path, sample_rate=rate), rate
 

@@ -82,6 +82,7 @@ class Port:
   def variables(self) -> tuple[PyTree, PyTree]:
     """Parameters and buffers."""
     mapped = wenet.model_variables(self.case.weights, self.config)
+    # Once: NumPy arrays would be copied to the device by every call.
     return jax.tree.map(jnp.asarray, mapped)
 
   @property

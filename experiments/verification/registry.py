@@ -89,6 +89,8 @@ def _claims(
         yield path, value, rule, match
         break
     else:
+      # for-else: no rule has claimed it. A branch is looked into, a leaf is
+      # reported.
       if isinstance(value, Mapping) and value:
         yield from _claims(value, rules, f'{path}/')
       else:

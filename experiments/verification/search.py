@@ -66,6 +66,7 @@ class _Setting:
   @classmethod
   def of(cls, quantity: registry.Quantity) -> '_Setting':
     return cls(
+      # What a name does not say has the reference's default.
       chunk=quantity.integer('chunk', -1),
       left=quantity.integer('left', -1),
       beam=quantity.integer('beam', 10),
@@ -101,6 +102,7 @@ def _prefixes(port: port_lib.Port, setting: _Setting) -> hypotheses.Hypotheses:
       _encoded(port, setting),
       beam=setting.beam,
       blank_id=port.config.blank_id,
+      # Its token times now and then belong to a slightly worse alignment.
       alignment='reference',
     ),
   )
@@ -124,6 +126,7 @@ def _attention(port: port_lib.Port, setting: _Setting) -> Sequence[Record]:
     _encoded(port, setting),
     beam=setting.beam,
     length_penalty=setting.length_penalty,
+    # The reference may search as many steps as the padded batch has frames.
     reference_limits=True,
   )
   return [{'tokens': row['tokens']} for row in records(found)]
@@ -233,6 +236,7 @@ def compare_records(
       yield compare.failed(name, 'no check knows this field')
       continue
     actual = [each[field] for each in ours]
+    # None where one of their records lacks what another has; that differs.
     expected = [each.get(field) for each in theirs]
     if field in _TOLERANCES:
       limit = _TOLERANCES[field]

@@ -219,6 +219,8 @@ def _collapse(
 
 def _peaks(port: port_lib.Port):
   frames = jnp.asarray([port.case.results['peaks']['frames']])
+  # For time stamps the reference takes the first frame of a run; its searches
+  # take the last.
   tokens, lengths, times = ctc.collapse(
     frames, jnp.ones(frames.shape, bool), blank_id=0, time='first'
   )

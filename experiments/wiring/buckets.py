@@ -133,6 +133,8 @@ def warm_up(
   threads = min(_MOST_THREADS, os.cpu_count() or 1)
   compiled = programs_lib.compile_all(machinery.planned, num_threads=threads)
   for program in compiled:
+    # What the compiler foretells is refused by name, before the device is
+    # asked.
     memory.require_fit(program, limit)
     say(f'  {program.name} {program.shape}: {_figures(program)}')
     rival = largest.get(program.name, program)

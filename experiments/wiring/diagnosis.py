@@ -11,6 +11,7 @@ import time
 import jax
 import jax.numpy as jnp
 
+# Names of distributions, as pip has them.
 _CORE = (
   'jax',
   'jaxlib',

@@ -154,6 +154,7 @@ def manifest_probe(
   rate = description.features.sample_rate
   source = sources.open_source(manifest, split='test', sample_rate=rate)
   kept = []
+  # Lazily, so no more sound is read than is needed.
   for features in _features(source, description):
     kept.append(features)
     if len(kept) == num_utterances:
@@ -168,6 +169,7 @@ def _features(
   source: sources.Source, description: directory.Description
 ) -> Iterator[np.ndarray]:
   kind = description.model.encoder.subsampling
+  # Less sound has no encoder frame to compare.
   shortest = subsampling.geometry(kind).window(1)
   for index in range(len(source)):
     try:
@@ -227,6 +229,7 @@ def ask(
     mask=found['mask'],
     log_probs=found['log_probs'],
     texts=texts,
+    # A load is the share of each expert of each block: [L, E].
     visited=sum(int(np.count_nonzero(load)) for load in loads),
     experts=sum(load.size for load in loads),
   )
@@ -252,8 +255,9 @@ def _pass(
     if scores is not None:
       log_probs[name] = jax.nn.log_softmax(scores.logits)
   mask = outputs.encoder.mask
+  # The greedy text needs no search whose beam could hide a difference.
   best = jnp.argmax(outputs.ctc_log_probs, axis=-1)
-  collapsed, counts, _ = ctc.collapse(
+  collapsed, counts, _ = ctc.collapse(  # [B, T], [B]
     best, mask, blank_id=model.config.blank_id
   )
   return {

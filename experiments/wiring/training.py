@@ -126,6 +126,7 @@ def make_trainer(
   sharding = placement.batch_sharding(mesh, rules.STANDARD)
 
   def place(arrays):
+    # Of the arrays a process has its rows; placed, they are the whole batch.
     return objective.Batch(**placement.shard_batch(dict(arrays), sharding))
 
   batches = _make_batches(resources, workdir, mesh, store)
@@ -146,6 +147,7 @@ def make_trainer(
   state, counters = _first_state(
     resources, model, optimizer, buffers, target, store
   )
+  # None where no maker states one, as of CPUs; then no MFU is logged.
   peak = flops.peak(jax.devices()[0].device_kind)
   return loop.Trainer(
     config=config,

@@ -116,6 +116,7 @@ class Parts:
       unfinished.write_text(json.dumps(mine, indent=1), encoding='utf-8')
       os.replace(unfinished, file)
     theirs = json.loads(file.read_text(encoding='utf-8'))
+    # Of both: another version may have written other keys.
     for key in [*mine, *theirs]:
       if mine.get(key) != theirs.get(key):
         raise TranscriptError(

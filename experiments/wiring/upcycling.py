@@ -94,6 +94,7 @@ def upcycle(
   print(f'checkpoint: {found.choice}')
   source = found.description.model
   if request is None:
+    # Not exact: the mean of experts that have trained is another model.
     change, target, exact = (
       upcycling.Change(),
       upcycling.dense_config(source),
@@ -105,8 +106,10 @@ def upcycle(
   devices = None if mesh is None else mesh_lib.make_mesh(parse_mesh(mesh))
   abstract = _abstract(target, devices)
   _require_memory(abstract)
+  # Reads an array when it is asked for; nothing yet.
   reader = single.Reader(found.params)
   adam = None if optimizer == 'fresh' else _Adam(found, source)
+  # Here, so that nothing is computed for a folder that lacks an array.
   contents.require_fit(found.params, directory.abstract_variables(source))
   # Both are placed by the same rules; the receipt needs no other.
   probe, before = _ask_first(found, devices, manifest, num_utterances)
@@ -166,6 +169,7 @@ class _Adam:
 
     def make(name: str) -> PyTree:
       def read(path: str) -> np.ndarray:
+        # `build` asks as for variables; moments lie below a root of their own.
         own = path.removeprefix('params/')
         return self._read(f'{self._root}/{name}/{own}')
 
@@ -276,6 +280,7 @@ def _record(
   """The receipt as plain values."""
   sizes: dict[str, Any] = {}
   for when, model in (('before', source), ('after', target)):
+    # Active: with the experts that a single frame visits.
     total, active = u2.count_params(model)
     sizes[f'parameters_{when}'] = total
     sizes[f'active_parameters_{when}'] = active
