@@ -146,7 +146,7 @@ def peak(dtype: str) -> float:
   total = jnp.int32 if dtype == 'int8' else None
 
   @jax.jit
-  def product(x, y):
+  def product(x: jax.Array, y: jax.Array):
     return jax.lax.dot(x, y, preferred_element_type=total)
 
   product(one, one).block_until_ready()

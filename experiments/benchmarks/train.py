@@ -74,7 +74,9 @@ def run(options: harness.Options) -> Iterator[dict[str, Any]]:
     }
 
 
-def _measure(config, seconds, batch, repeats) -> dict[str, float]:
+def _measure(
+  config: config_lib.Config, seconds: float, batch: int, repeats: int
+) -> dict[str, float]:
   mesh = mesh_lib.make_mesh(config.mesh)
   model = u2.U2MoeModel(config.model)
   optimizer = optimizer_lib.optimizer_of(config)

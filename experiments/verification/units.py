@@ -1,6 +1,7 @@
 """Single functions: masks, lengths, positions, smoothing, MoE, rates, times."""
 
 from collections.abc import Iterator
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -158,7 +159,7 @@ def _moe(
   yield best
 
 
-def _moe_params(arrays):
+def _moe_params(arrays: Mapping[str, np.ndarray]):
   """The reference's linear layers are (out, in)."""
   num_experts = arrays['moe_w.gate.weight'].shape[0]
 

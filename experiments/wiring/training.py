@@ -1,12 +1,16 @@
 """From a config to a trained model directory."""
 
 import collections
+from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
 import contextlib
 import dataclasses
 import json
 import os
 import pathlib
+from typing import Any
 
 from absl import logging
 import jax
@@ -29,12 +33,14 @@ from u2moe_jax.models import u2
 from u2moe_jax.sharding import mesh as mesh_lib
 from u2moe_jax.sharding import placement
 from u2moe_jax.sharding import rules
+from u2moe_jax.text import tokenizer as tokenizer_lib
 from u2moe_jax.training import evaluate
 from u2moe_jax.training import flops
 from u2moe_jax.training import loop
 from u2moe_jax.training import objective
 from u2moe_jax.training import optimizer as optimizer_lib
 from u2moe_jax.training import parameters
+from u2moe_jax.training import programs as programs_lib
 from u2moe_jax.training import skips as skips_lib
 from u2moe_jax.training import state as state_lib
 from u2moe_jax.training import stopping
@@ -125,7 +131,7 @@ def make_trainer(
   target = state_lib.abstract_state_on(mesh, model, optimizer, buffers)
   sharding = placement.batch_sharding(mesh, rules.STANDARD)
 
-  def place(arrays):
+  def place(arrays: Mapping[str, np.ndarray]):
     # Of the arrays a process has its rows; placed, they are the whole batch.
     return objective.Batch(**placement.shard_batch(dict(arrays), sharding))
 
@@ -249,7 +255,12 @@ def make_buffers(config: config_lib.ModelConfig, cmvn: cmvn_lib.CmvnStats):
 
 
 def _first_state(
-  resources, model, optimizer, buffers, target, store
+  resources: preparing.Resources,
+  model: u2.U2MoeModel,
+  optimizer: Any,
+  buffers: PyTree,
+  target: state_lib.TrainState,
+  store: store_lib.Store,
 ) -> tuple[state_lib.TrainState, loop.Counters]:
   restored = starting.restore(store, target)
   if restored is not None:
@@ -267,11 +278,16 @@ def _first_state(
   return state, loop.Counters()
 
 
-def _make_evaluate(resources, eval_step, dev, place):
+def _make_evaluate(
+  resources: preparing.Resources,
+  eval_step: programs_lib.Programs | None,
+  dev: Sequence[tuple[Mapping[str, np.ndarray], list[str]]],
+  place: Callable[[Mapping[str, np.ndarray]], objective.Batch],
+):
   if eval_step is None:
     return None
 
-  def run(params: PyTree, buffers: PyTree, should_stop):
+  def run(params: PyTree, buffers: PyTree, should_stop: Callable[[], bool]):
     return evaluate.evaluate(
       eval_step,
       params,
@@ -310,7 +326,9 @@ def _announce(resources: preparing.Resources, mesh: jax.sharding.Mesh) -> None:
       _tell_problems(corpus, resources.tokenizer)
 
 
-def _tell_problems(corpus, tokenizer) -> None:
+def _tell_problems(
+  corpus: pipeline.Corpus, tokenizer: tokenizer_lib.Tokenizer
+) -> None:
   """Says what is left out, and which characters the table has not."""
   if corpus.skipped:
     reasons = dict(collections.Counter(s.reason for s in corpus.skipped))
