@@ -127,6 +127,7 @@ def _stop(*_) -> None:
 
 def main(argv: list[str]) -> int:
   """Prepares what the flags say; exit codes in docs/exit_codes.md."""
+  # A flag whose dashes were forgotten would change nothing, unnoticed.
   if len(argv) > 1:
     raise prepare.PrepareError(f'unexpected argument {argv[1]!r}')
   # Clusters end jobs with SIGTERM; it shall unwind as Ctrl-C does.

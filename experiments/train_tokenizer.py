@@ -45,6 +45,7 @@ def main(_: list[str]) -> int:
     raise config_lib.ConfigError(f'--out={out} is there already; give another')
   # Only texts are needed: without durations no header is read.
   source = sources.open_source(_SOURCE.value, measure=False)
+  # A list, since it is gone through twice.
   texts = [utterance.txt for utterance in source.utterances]
   tokenizer = _make(texts)
   _write(tokenizer, out)

@@ -263,6 +263,7 @@ def _claims(entries: Sequence[Entry]) -> str:
 
 
 def _training_claims(group: Group) -> Iterator[tuple[str, str, str]]:
+  # A claim needs its arms, of which a study under way has only some.
   for letter in ('d', 'e'):
     if {'a', 'b', letter} <= group.keys():
       yield _error_claim(group, letter)
@@ -297,6 +298,8 @@ def _time_claims(group: Group) -> Iterator[tuple[str, str, str]]:
     theirs = levels_lib.cost(group['c'], level, None)
     if ours is None or theirs is None:
       continue
+    # The dense training belongs in the bill, unless that model was there
+    # anyway.
     for word, seconds, updates in (
       ('without', ours.seconds, ours.updates),
       ('with', ours.seconds_in_all, ours.updates_in_all),

@@ -117,6 +117,7 @@ def direction(
   scores = outputs.backward if reverse else outputs.forward
   if scores is None:
     raise ValueError('the model has no such decoder')
+  # A pair, left-to-right first, so `reverse` is the index.
   return scores, objective.decoder_batches(port.batch, port.config)[reverse]
 
 

@@ -145,6 +145,7 @@ def misfit(
   experts = max(model.encoder.moe.num_experts, model.decoder.moe.num_experts)
   if shape.expert > 1 and not experts:
     return f'mesh axis expert={shape.expert} splits nothing: no experts'
+  # A batch has a whole number of rows on each of the devices that share it.
   names = rules.mesh_axes(rules.STANDARD, axes.BATCH)
   parts = math.prod(sizes[name] for name in names)
   if sweep.batch % parts:
@@ -201,6 +202,7 @@ def run(
       f'no mesh shape of {sweep.devices} devices fits; {name_of(chosen[0])}: '
       f'{reasons[name_of(chosen[0])]}'
     )
+  # A row a file: what is interrupted goes on with the shapes that have none.
   (out / 'shapes').mkdir(parents=True, exist_ok=True)
   _require_same_sweep(sweep, out)
   print(f'{len(names)} mesh shapes, {len(left_out)} do not fit', flush=True)

@@ -40,6 +40,7 @@ def warm(function: Callable[[], _T]) -> tuple[_T, float]:
   Returns:
     Its result, and the seconds of a call that compiled nothing.
   """
+  # As a rule twice at most: the second call finds all programs made.
   while True:
     before = num_compilations()
     begun = time.perf_counter()
