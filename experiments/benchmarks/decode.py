@@ -37,7 +37,6 @@ def run(
   options: harness.Options, *, mode: config_lib.DecodingMode
 ) -> Iterator[dict[str, Any]]:
   """Offline decoding of equal utterances, full context."""
-  # No batch is to be cut in two.
   settings = config_lib.DecodeConfig(mode=mode, batch_seconds=1e6)
   for name in options.configs:
     # Nothing holds a model while the next one is made.

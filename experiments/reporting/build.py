@@ -52,7 +52,6 @@ def build(
   if log is None:
     notes.append('There is no metrics.jsonl here, so there are no curves.')
   else:
-    # A plot whose data are not there is None, and `_save` leaves it out.
     plots |= _training_plots(log)
     if log.num_unreadable:
       notes.append(f'Unreadable lines in metrics.jsonl: {log.num_unreadable}.')

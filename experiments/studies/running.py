@@ -277,7 +277,6 @@ def sizes(path: pathlib.Path) -> Entry:
 def _moment_bytes(item: pathlib.Path) -> int:
   """Of both of Adam's moments in a saved optimizer state, float32."""
   return sum(
-    # Four bytes each: moments are float32.
     4 * math.prod(shape)
     for path, shape in contents.saved_shapes(item).items()
     if _MOMENTS & set(path.split('/'))
