@@ -133,7 +133,7 @@ def _with_hotwords(
 
 
 def _parts(
-  state: prefix_beam.BeamState, graph: hotwords.HotwordGraph
+  state: Any, graph: hotwords.HotwordGraph
 ) -> Iterator[dict[str, Any]]:
   """What the scores of each utterance are made of."""
   beams = jax.device_get(state.beams)

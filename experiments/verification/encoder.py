@@ -307,9 +307,7 @@ def _right_context(
   yield compare.equal(quantity.path, ours, quantity.value)
 
 
-def _lengths(
-  port: port_lib.Port, quantity: registry.Quantity
-) -> Iterator[compare.Row]:
+def _lengths(port, quantity: registry.Quantity) -> Iterator[compare.Row]:
   yield compare.equal_lists(quantity.path, port.lengths, quantity.value)
 
 

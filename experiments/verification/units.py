@@ -58,9 +58,7 @@ def _integers(text: str) -> list[int]:
   return [int(part) for part in text.split('_')]
 
 
-def _output_lengths(
-  port: port_lib.Port, quantity: registry.Quantity
-) -> Iterator[compare.Row]:
+def _output_lengths(port: port_lib.Port, quantity) -> Iterator[compare.Row]:
   """Frames after subsampling; the reference raises where there is none."""
   geometry = subsampling.geometry(quantity.text('kind'))
   inputs = np.arange(
@@ -73,9 +71,7 @@ def _output_lengths(
   yield compare.equal(quantity.path, ours, quantity.value)
 
 
-def _subsampling(
-  port: port_lib.Port, quantity: registry.Quantity
-) -> Iterator[compare.Row]:
+def _subsampling(port: port_lib.Port, quantity) -> Iterator[compare.Row]:
   geometry = subsampling.geometry(quantity.text('kind'))
   ours = {
     'subsampling_rate': geometry.rate,
