@@ -43,7 +43,7 @@ _BATCH_SECONDS = flags.DEFINE_float(
 _MOST_NAMED = 10
 
 
-def main(_) -> int:
+def main(_: list[str]) -> int:
   """Aligns; exit codes in docs/exit_codes.md."""
   from data_pipelines import sources
   from experiments.wiring import aligning
@@ -52,11 +52,14 @@ def main(_) -> int:
   from u2moe_jax.decoding import recognizer as recognizer_lib
 
   config = config_lib.DecodeConfig(
+    # Alignment reads CTC alone; this mode does not ask for decoders.
     mode='ctc_greedy_search',
     chunk_size=_CHUNK_SIZE.value,
     left_chunks=_LEFT_CHUNKS.value,
     batch_seconds=_BATCH_SECONDS.value,
   )
+  # What is wrong with the model shows before the data is opened, and what is
+  # wrong with the data before parameters are read.
   found = directory.find(_CHECKPOINT.value, for_decoding=True)
   decode_flags.warn(found.description, config)
   rate = found.description.features.sample_rate

@@ -18,7 +18,7 @@ _STEPS = flags.DEFINE_list('steps', [], 'Exactly these steps.')
 _OUT = flags.DEFINE_string('out', None, 'Model folder to write.', required=True)
 
 
-def main(_) -> int:
+def main(_: list[str]) -> int:
   """Averages; exit codes in docs/exit_codes.md."""
   from experiments.wiring import averaging
 

@@ -37,7 +37,7 @@ _REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed calls.', lower_bound=1)
 _THREADS = flags.DEFINE_integer('threads', 0, 'CPU cores to use; 0: all.')
 
 
-def main(_) -> int:
+def main(_: list[str]) -> int:
   """Runs the tasks; exit codes in docs/exit_codes.md."""
   if _THREADS.value:
     # Before JAX starts: its thread pool has as many threads as cores it sees.
@@ -55,9 +55,12 @@ def main(_) -> int:
     form=typing.cast(config_lib.Form, _FORM.value),
     dtype=_DTYPE.value,
   )
+  # All names before the first task: a wrong one must not show after an hour.
   chosen = {name: tasks.get(name) for name in _TASKS.value}
   for name, task in chosen.items():
     found = records.complete(task(options))
+    # A task is a generator: a JSON line appears as soon as it is measured, a
+    # table needs all of them.
     if _TABLE.value:
       print(records.to_table(name, list(found)), flush=True)
     else:

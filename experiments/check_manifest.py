@@ -68,12 +68,13 @@ def _config() -> config_lib.Config:
     'model.encoder.subsampling': _SUBSAMPLING.value,
   }
   for key, value in given.items():
+    # None is a flag that was not given; 0 is a limit.
     if value is not None:
       config = config_lib.replace(config, key, value)
   return config
 
 
-def main(_) -> int:
+def main(_: list[str]) -> int:
   """Checks; exit codes in docs/exit_codes.md."""
   # Imported here, so that --help and bad flags answer at once.
   from data_pipelines import check
@@ -94,10 +95,13 @@ def main(_) -> int:
     _SOURCE.value,
     split=_SPLIT.value,
     sample_rate=config.data.features.sample_rate,
+    # The check measures by itself; a line that nobody understands is a finding
+    # here, not an error.
     measure=False,
     tolerant=True,
   )
   if _OUT.value:
+    # Before the long part, not after it.
     check.require_files(source)
   report = check.check(source, settings, num_workers=_WORKERS.value)
   print('\n'.join(check.describe(report)))

@@ -64,7 +64,7 @@ def _use_own_devices(host: hosts.Hosts) -> None:
     jax.config.update('jax_cuda_visible_devices', str(host.local_device))
 
 
-def main(_) -> int:
+def main(_: list[str]) -> int:
   """Decodes; exit codes in docs/exit_codes.md."""
   config = decode_flags.config()
   import jax
@@ -77,6 +77,7 @@ def main(_) -> int:
   from u2moe_jax.decoding import recognizer
   from u2moe_jax.sharding import mesh as mesh_lib
 
+  # Now, and not when hours of decoding are to be written.
   transcripts.require_format(_FORMAT.value, config.mode)
   host = None
   if _SHARD.value is not None:
@@ -88,6 +89,7 @@ def main(_) -> int:
     )
   if shard.count > 1 and _OUT.value is None:
     raise transcripts.TranscriptError(
+      # Without it there is no place where they could meet.
       'several processes need --out, where their parts are put together'
     )
   if host is not None:
@@ -98,6 +100,7 @@ def main(_) -> int:
   source = sources.open_source(_MANIFEST.value, split='test', sample_rate=rate)
   print(f'checkpoint: {found.choice}')
   devices, mesh = jax.local_devices(), None
+  # The streaming path has one row, which cannot be split.
   if len(devices) > 1 and not _STREAMING.value:
     mesh = mesh_lib.make_mesh(config_lib.MeshConfig(data=-1), devices)
   model = recognizer.Recognizer.from_checkpoint(
@@ -113,6 +116,7 @@ def main(_) -> int:
       shard=shard,
       identity={
         'checkpoint': found.choice,
+        # The path stays when a model is trained further; its time does not.
         'written': found.params.stat().st_mtime,
         'manifest': _MANIFEST.value,
       },
@@ -125,6 +129,7 @@ def main(_) -> int:
     'mode': config.mode,
     'chunk_size': config.chunk_size,
   }
+  # This process did not finish last, so the scores are of its part.
   if len(decoded) + summary.failed < len(source):
     record['shard'] = f'{shard.index}/{shard.count}'
   print(json.dumps(record | summary.to_json()))

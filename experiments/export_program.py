@@ -29,7 +29,7 @@ _LEFT_CHUNKS = flags.DEFINE_integer(
 _MOST = 1e-2
 
 
-def main(_) -> int:
+def main(_: list[str]) -> int:
   """Exports and compares; exit codes in docs/exit_codes.md."""
   from u2moe_jax.decoding import exporting
 

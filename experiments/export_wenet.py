@@ -19,7 +19,7 @@ _CHECKPOINT = flags.DEFINE_string(
 _OUT = flags.DEFINE_string('out', None, 'Folder to write.', required=True)
 
 
-def main(_) -> int:
+def main(_: list[str]) -> int:
   """Exports; exit codes in docs/exit_codes.md."""
   from u2moe_jax.interop import wenet_directory
 

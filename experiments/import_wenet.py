@@ -38,7 +38,7 @@ _QUIRKS = flags.DEFINE_bool(
 _OUT = flags.DEFINE_string('out', None, 'Model folder to write.', required=True)
 
 
-def main(_) -> int:
+def main(_: list[str]) -> int:
   """Imports; exit codes in docs/exit_codes.md."""
   from u2moe_jax.interop import wenet_directory
 

@@ -30,7 +30,7 @@ _PICTURES = flags.DEFINE_integer(
 )
 
 
-def main(_) -> int:
+def main(_: list[str]) -> int:
   """Inspects; exit codes in docs/exit_codes.md."""
   # Imported here, so that --help and bad flags answer at once.
   from experiments.wiring import inspection
@@ -50,6 +50,7 @@ def main(_) -> int:
 
 
 def _draw(found, out: pathlib.Path) -> None:
+  # Needs matplotlib, which the counts do without.
   from experiments.reporting import features
   from experiments.wiring import inspection
 

@@ -29,7 +29,7 @@ _WEIGHTS = flags.DEFINE_enum(
 )
 
 
-def main(_) -> int:
+def main(_: list[str]) -> int:
   """Converts; exit codes in docs/exit_codes.md."""
   from u2moe_jax.checkpoint import optimized
   from u2moe_jax.models import inference

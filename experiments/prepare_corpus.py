@@ -92,6 +92,7 @@ def _specs() -> dict[str, str]:
         'digits, - and _'
       )
     named[name] = spec
+  # --dev, --test and --split win over what the source itself has.
   return specs | {split: spec for split, spec in named.items() if spec}
 
 
@@ -126,8 +127,10 @@ def _stop(*_) -> None:
 
 def main(argv: list[str]) -> int:
   """Prepares what the flags say; exit codes in docs/exit_codes.md."""
+  # A flag whose dashes were forgotten would change nothing, unnoticed.
   if len(argv) > 1:
     raise prepare.PrepareError(f'unexpected argument {argv[1]!r}')
+  # Clusters end jobs with SIGTERM; it shall unwind as Ctrl-C does.
   signal.signal(signal.SIGTERM, _stop)
   try:
     if _VERIFY.value:

@@ -32,7 +32,7 @@ _OUT = flags.DEFINE_string('out', None, 'JSON file to write.')
 _GIB = 2**30
 
 
-def main(_) -> int:
+def main(_: list[str]) -> int:
   """Profiles; exit codes in docs/exit_codes.md."""
   # Imported here, so that --help and bad flags answer at once.
   from experiments.wiring import bucket_memory
@@ -49,6 +49,7 @@ def main(_) -> int:
       f'{size.bytes / _GIB:7.3f}',
       flush=True,
     )
+    # They come longest first; data.batch_sizes begins with the shortest.
     sizes.insert(0, size)
   rows = tuple(size.rows for size in sizes)
   flag = f"'--config.data.batch_sizes={rows}'"
@@ -75,6 +76,7 @@ def _write(path: pathlib.Path, sizes, flag: str) -> None:
       for size in sizes
     ],
   }
+  # Under another name first: what reads the file gets all of it or none.
   temporary = path.with_name(path.name + '.tmp')
   temporary.write_text(json.dumps(tree, indent=2) + '\n', encoding='utf-8')
   temporary.replace(path)

@@ -44,11 +44,12 @@ def _keep_caches_inside(workdir: pathlib.Path) -> None:
     'TFDS_DATA_DIR': 'tfds',
     'JAX_COMPILATION_CACHE_DIR': 'jax',
   }.items():
+    # What the user has set stays.
     os.environ.setdefault(variable, str(cache / folder))
     pathlib.Path(os.environ[variable]).mkdir(parents=True, exist_ok=True)
 
 
-def main(_) -> int:
+def main(_: list[str]) -> int:
   """Runs everything; exit codes in docs/exit_codes.md."""
   workdir = pathlib.Path(_WORKDIR.value).absolute()
   _keep_caches_inside(workdir)

@@ -51,13 +51,14 @@ _IGNORE = flags.DEFINE_string(
 )
 
 
-def main(_) -> int:
+def main(_: list[str]) -> int:
   """Scores; exit codes in docs/exit_codes.md."""
   from experiments.wiring import scores
   from u2moe_jax.text import scoring
 
   unit = cast(scoring.Unit, _UNIT.value)
   try:
+    # Only to name the flag if the expression is none.
     re.compile(_IGNORE.value)
   except re.error as error:
     raise scores.ScoreError(f'--ignore={_IGNORE.value}: {error}') from None

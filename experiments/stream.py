@@ -35,10 +35,12 @@ _ENDPOINTS = flags.DEFINE_bool(
 decode_flags.define(chunk_size=16)
 
 
-def main(_) -> int:
+def main(_: list[str]) -> int:
   """Streams; exit codes in docs/exit_codes.md."""
   config = decode_flags.config()
+  # Streams are told apart by name, so a file given twice is one stream.
   names = list(dict.fromkeys(_WAV.value))
+  # Imported here, so that --help and bad flags answer at once.
   from experiments.wiring import live
   from u2moe_jax.decoding import recognizer as recognizer_lib
   from u2moe_jax.decoding import sessions

@@ -52,10 +52,12 @@ _CHILD = flags.DEFINE_string(
 )
 
 
-def main(_) -> int:
+def main(_: list[str]) -> int:
   """Sweeps; exit codes in docs/exit_codes.md."""
+  # As the user has it, for the children; this process overwrites its own.
   platforms = os.environ.get('JAX_PLATFORMS')
   if _SIMULATE.value and _CHILD.value:
+    # XLA reads it when its CPU backend starts, so before JAX is imported.
     count = f'--xla_force_host_platform_device_count={_DEVICES.value}'
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {count}'
   if _SIMULATE.value or not _CHILD.value:

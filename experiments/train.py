@@ -33,11 +33,12 @@ _LOG_KEYS = flags.DEFINE_bool(
 hosts.define_flags()
 
 
-def main(_) -> int:
+def main(_: list[str]) -> int:
   """Trains; exit codes in docs/exit_codes.md."""
   cache = pathlib.Path(_WORKDIR.value).absolute() / 'cache' / 'jax'
   # JAX reads it when it is imported. A run that continues compiles nothing.
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(cache))
+  # Before anything touches a device: afterwards processes cannot join.
   hosts.start()
   # Imported here, so that --help and bad flags answer at once.
   from experiments.wiring import training

@@ -36,14 +36,16 @@ _OUT = flags.DEFINE_string(
 )
 
 
-def main(_) -> int:
+def main(_: list[str]) -> int:
   """Trains and writes; exit codes in docs/exit_codes.md."""
   from data_pipelines import sources  # not for --help
 
   out = pathlib.Path(_OUT.value)
   if out.exists():
     raise config_lib.ConfigError(f'--out={out} is there already; give another')
+  # Only texts are needed: without durations no header is read.
   source = sources.open_source(_SOURCE.value, measure=False)
+  # A list, since it is gone through twice.
   texts = [utterance.txt for utterance in source.utterances]
   tokenizer = _make(texts)
   _write(tokenizer, out)

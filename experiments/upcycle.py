@@ -76,12 +76,13 @@ _OF_GROWING = (
 )
 
 
-def main(_) -> int:
+def main(_: list[str]) -> int:
   """Grows or shrinks; exit codes in docs/exit_codes.md."""
   from experiments.wiring import upcycling
 
   if _TO_DENSE.value:
     for name in _OF_GROWING:
+      # `present`: given on the command line. A default contradicts nothing.
       if flags.FLAGS[name].present:
         raise ValueError(f'--{name} has no meaning with --to_dense')
     request = None
@@ -104,6 +105,7 @@ def main(_) -> int:
     mesh=_MESH.value,
     optimizer=typing.cast(Literal['fresh', 'spread'], _OPTIMIZER.value),
   )
+  # A receipt beyond its bounds: nothing was written.
   return command.OK if passed else command.FAILED
 
 

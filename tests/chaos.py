@@ -115,6 +115,8 @@ def _equal(a: object, b: object) -> bool:
 def _start(arguments: Sequence[str], folder: pathlib.Path) -> subprocess.Popen:
   environment = {
     **os.environ,
+    # One cache for all starts, of small programs too; else most kills would hit
+    # compilation.
     'JAX_COMPILATION_CACHE_DIR': str(folder / 'cache'),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
   }

@@ -3,6 +3,7 @@
 import os
 import pathlib
 
+# Read when functions are decorated, so before anything of ours is imported.
 os.environ.setdefault('U2MOE_TYPECHECK', '1')
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # Tests compile much and run little.
@@ -14,7 +15,9 @@ from absl import flags
 import jax
 import pytest
 
+# 2 x 2 x 2: three mesh axes can split something at once.
 jax.config.update('jax_num_cpu_devices', 8)
+# (T,) with (B, T) is mostly an axis forgotten; so every new one is written.
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 
@@ -38,5 +41,6 @@ def _num_mappings() -> int:
 def _programs_are_forgotten():
   """Drops compiled programs before there are too many for one process."""
   yield
+  # Far below the limit: a single test may compile a lot.
   if _num_mappings() > _MOST_MAPPINGS:
     jax.clear_caches()

@@ -41,6 +41,7 @@ def run(options: harness.Options) -> Iterator[dict[str, Any]]:
         config = harness.experiment(name).data
         for case, work in _cases(source, config).items():
           walls = harness.measure(work, options.repeats)
+          # Their lengths are `seconds` on average.
           speed = _FILES * seconds / walls['wall_s']
           yield {
             'bench': 'data',
@@ -84,6 +85,7 @@ def _make_source(folder: pathlib.Path, seconds: float) -> sources.Source:
 def _cases(
   source: sources.Source, config: config_lib.DataConfig
 ) -> dict[str, Callable[[], None]]:
+  # Loaded once, so that stages behind decoding are timed alone.
   sounds = [source.load(i) for i in range(len(source))]
   rng = np.random.default_rng(0)
   features = config.features
@@ -116,15 +118,18 @@ def _epoch(
   source: sources.Source, config: config_lib.DataConfig
 ) -> Callable[[], None]:
   """One epoch of training batches, each time the next one."""
+  # An epoch that is whole by itself can be timed by itself.
   config = dataclasses.replace(config, plan_epochs=1)
   tokenizer = tokenizer_lib.build_char_tokenizer(['AB'])
   corpus = pipeline.Corpus(source, tokenizer, config, rate=4, min_input=7)
   batches = pipeline.TrainBatches(corpus, seed=0)
   number = 0
 
+  # Another epoch each time: of a repeated one the plan would be cached.
   def work() -> None:
     nonlocal number
     epoch, _ = batches.locate(number)
+    # Asked for by number, as training asks.
     for _ in batches.epoch(epoch):
       _ = batches[number]
       number += 1

@@ -25,6 +25,7 @@ from u2moe_jax.training import json_lines
 
 _SAMPLE_RATE = 16000
 _NUM_FILES = 32
+# With the three special tokens, 4,233.
 _NUM_CHARACTERS = 4230
 _TOKENS_PER_SECOND = 4
 
@@ -68,6 +69,7 @@ def _config(
     'data.num_token_buckets': 1,
     'data.batch_sizes': (batch,),
     'train.num_steps': 1 + num_steps,
+    # There is a line for the first step alone, and one for all the others.
     'train.log_every': 1 + num_steps,
     'train.save_every': 1 + num_steps,
   }
@@ -79,6 +81,7 @@ def _config(
 
 def _write_corpus(folder: pathlib.Path, seconds: float) -> pathlib.Path:
   """Writes files, token table and manifest; returns the manifest."""
+  # From the beginning of Unicode's block of Chinese characters.
   characters = [chr(0x4E00 + number) for number in range(_NUM_CHARACTERS)]
   table = tokenizer_lib.build_char_tokenizer([''.join(characters)])
   table.save(folder / 'tokens')

@@ -155,7 +155,12 @@ def _speed(wall_s: float, seconds: float, batch: int) -> dict[str, float]:
   }
 
 
-def _stream(recognizer, samples, batch: int, runs: list[list[float]]) -> int:
+def _stream(
+  recognizer: recognizer_lib.Recognizer,
+  samples: np.ndarray,
+  batch: int,
+  runs: list[list[float]],
+) -> int:
   """Streams once, side by side, in pieces of a tenth of a second.
 
   Args:
@@ -176,6 +181,7 @@ def _stream(recognizer, samples, batch: int, runs: list[list[float]]) -> int:
     begun = time.perf_counter()
     for stream in streams:
       stream.feed(samples[start : start + size])
+    # Pieces that fill no chunk are no step.
     if pool.step():
       step_ms.append(1000 * (time.perf_counter() - begun))
   return sum(len(stream.finish()) for stream in streams)
@@ -204,6 +210,7 @@ def _streams(
       functools.partial(_stream, recognizer, samples, batch, runs),
       options.repeats,
     )
+    # Without the warm calls, of which the first compiles.
     step_ms = list(itertools.chain(*runs[-options.repeats :]))
     yield {
       'bench': 'stream',

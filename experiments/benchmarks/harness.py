@@ -69,6 +69,7 @@ def experiment(name: str) -> config_lib.Config:
     config_lib.Config, module.get_config().to_dict()
   )
   model = config.model
+  # Without data there is no token table to take it from.
   if not model.vocab_size:
     model = dataclasses.replace(model, vocab_size=_VOCAB_SIZE)
   bins = config.data.features.num_mel_bins
@@ -160,6 +161,7 @@ def with_dtype(
 
 def _init(config: config_lib.ModelConfig) -> tuple[PyTree, PyTree]:
   model = u2.U2MoeModel(config)
+  # The boxes name logical axes, which one device has no use for.
   init = jax.jit(lambda key: nn.meta.unbox(u2.init_params(model, key)))
   return init(jax.random.key(0)), u2.init_buffers(config)
 
@@ -179,9 +181,12 @@ def _draw_inference(
   def draw(path: str) -> np.ndarray:
     if path in buffers:
       return np.asarray(buffers[path])
+    # Scales of 1 and biases of 0, so that activations keep their size.
     if 'norm' in path:
       return np.full(shapes[path].shape, 'scale' in path, np.float32)
+    # By path: the same array whatever was drawn before, in every process.
     rng = np.random.default_rng(zlib.crc32(path.encode()))
+    # Uniform, in float32 and in place: there may be a billion of them.
     values = rng.random(shapes[path].shape, np.float32)
     values -= 0.5
     values *= 2 * bound

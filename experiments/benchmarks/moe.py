@@ -50,6 +50,7 @@ def _in_8_bits(
   experts: grouped_matmul.SeparateWeights,
 ) -> grouped_matmul.SeparateWeights:
   def narrow(kernel: Any) -> quantization.Int8Matrix:
+    # Separate kernels lie transposed, so inputs are the second axis.
     quantized = quantization.quantize(np.asarray(kernel), inputs=(1,))
     return jax.tree.map(jnp.asarray, quantized)
 
@@ -67,7 +68,7 @@ def _plan(num_tokens: int) -> routing.Routing:
   return routing.route(logits, mask, top_k=_TOP_K, router_type='topk_softmax')
 
 
-def _one_expert(x, weights, plan):
+def _one_expert(x: jax.Array, weights: Any, plan: routing.Routing):
   """A dense layer of the size of an expert: what the ratios refer to."""
   del plan
   hidden = jax.nn.silu(x @ weights.w_in + weights.b_in[None])
@@ -75,9 +76,10 @@ def _one_expert(x, weights, plan):
 
 
 def _experts(executor: str) -> Callable[..., jax.Array]:
+  # `capacity_2.0`: an executor and its factor.
   name, _, factor = executor.partition('_')
 
-  def forward(x, weights, plan):
+  def forward(x: jax.Array, weights: Any, plan: routing.Routing):
     return grouped_matmul.expert_feed_forward(
       x,
       plan,
@@ -93,8 +95,9 @@ def _experts(executor: str) -> Callable[..., jax.Array]:
 def _with_backward(forward: Callable[..., jax.Array]) -> Callable[..., Any]:
   """Gradients by tokens and weights, of a sum that keeps every product."""
 
-  def loss(x, weights, plan):
+  def loss(x: jax.Array, weights: Any, plan: routing.Routing):
     output = forward(x, weights, plan)
+    # Squared, so that the gradient of no product is a constant.
     return jnp.sum(output.astype(jnp.float32) ** 2)
 
   return jax.grad(loss, argnums=(0, 1))
@@ -127,6 +130,7 @@ def run(options: harness.Options) -> Iterator[dict[str, Any]]:
   if chosen == 'int8':
     layouts['separate'] = _in_8_bits(layouts['separate'])
     cases = tuple(case for case in _CASES if case[1] == 'separate')
+    # Rounded weights have no gradient.
     passes_of = {'forward': _PASSES['forward']}
   for num_tokens in _TOKENS.get(platform, _TOKENS_ELSEWHERE):
     x = jax.random.normal(jax.random.key(2), (num_tokens, _WIDTH), dtype)
@@ -155,6 +159,13 @@ def run(options: harness.Options) -> Iterator[dict[str, Any]]:
         yield {**record, **walls, 'ratio_to_dense': ratio}
 
 
-def _measure(passes, x, plan, repeats, forward, weights) -> dict[str, float]:
+def _measure(
+  passes: Callable[[Any], Any],
+  x: jax.Array,
+  plan: routing.Routing,
+  repeats: int,
+  forward: Callable[..., jax.Array],
+  weights: Any,
+) -> dict[str, float]:
   function = jax.jit(passes(forward))
   return harness.measure(lambda: function(x, weights, plan), repeats)

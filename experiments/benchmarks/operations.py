@@ -71,6 +71,7 @@ def train(
   dense = _without_experts(config)
   variables = directory.abstract_variables(dense)
   inputs = u2.DecoderInputs(
+    # One more than labels: sos stands in front of them.
     tokens=_abstract((batch, labels + 1), jnp.int32),
     mask=_abstract((batch, labels + 1), jnp.bool_),
   )
@@ -126,6 +127,8 @@ def _of_experts(
   width, moe = config.encoder.model_dim, stack.moe
   layers = sum(map(len, kinds))
   expert = 2 * width * stack.ffn_dim
+  # In multiply-adds: two products an expert; the first expert is counted with
+  # the dense model.
   each = (moe.top_k - 1) * expert + width * moe.num_experts
   return 2.0 * tokens * layers * each
 
@@ -139,10 +142,11 @@ def peak(dtype: str) -> float:
   """
   size = _PEAK_SIZE.get(jax.default_backend(), _PEAK_SIZE['gpu'])
   one = jnp.ones((size, size), dtype)
+  # Sums of 8-bit products do not fit 8 bits.
   total = jnp.int32 if dtype == 'int8' else None
 
   @jax.jit
-  def product(x, y):
+  def product(x: jax.Array, y: jax.Array):
     return jax.lax.dot(x, y, preferred_element_type=total)
 
   product(one, one).block_until_ready()

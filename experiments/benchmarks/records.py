@@ -60,16 +60,19 @@ def complete(records: Iterable[Record]) -> Iterator[dict[str, Any]]:
     added = {**record, **_machine()}
     if 'wall_s' in record and 'params_m' in record:
       key = tuple(record.get(name) for name in _COMPARABLE)
+      # No experts: all parameters are active.
       if record['params_m'] == record['active_params_m']:
         dense.setdefault(key, record['wall_s'])
       if dense.get(key):
         ratio = round(record['wall_s'] / dense[key], 3)
+        # A task's own ratio stays.
         added.setdefault('ratio_to_dense', ratio)
     yield _ordered(added)
 
 
 def _machine() -> dict[str, Any]:
   """What a figure hangs on. The peak is that of the process so far."""
+  # Linux tells KiB.
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
   return {
     'impl': 'u2moe_jax',
@@ -94,6 +97,7 @@ def to_table(title: str, records: Sequence[Record]) -> str:
   same = {
     name: _cell(records[0].get(name))
     for name in names
+    # Of a single record everything would be common, and no table left.
     if len(records) > 1 and len({_cell(r.get(name)) for r in records}) == 1
   }
   columns = [name for name in names if name not in same]

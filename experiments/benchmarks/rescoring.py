@@ -23,10 +23,13 @@ _CASES = {'alike': 3, 'unrelated': _TOKENS}
 def _nbest(batch: int, vocab_size: int, changes: int) -> hypotheses.Hypotheses:
   rng = np.random.default_rng(0)
   shape = (batch, _HYPOTHESES, _TOKENS)
-  other = rng.integers(3, vocab_size - 1, shape)
+  # Ids below 3 are special tokens.
+  other = rng.integers(3, vocab_size - 1, shape)  # [B, N, U]
   tokens = np.broadcast_to(other[:, :1], shape).copy()
   order = rng.permuted(np.broadcast_to(np.arange(_TOKENS), shape), axis=-1)
+  # The first places of a random order: exactly `changes` in each hypothesis.
   changed = order < changes
+  # The first one is what the others are changed from.
   changed[:, 0] = False
   tokens[changed] = other[changed]
   padded = np.full((batch, _HYPOTHESES, _ROOM), -1, np.int32)
@@ -47,6 +50,7 @@ def run(options: harness.Options) -> Iterator[dict[str, Any]]:
     model = harness.random_model(name, options)
     config = model.description.model
     geometry = subsampling.geometry(config.encoder.subsampling)
+    # 100 steps of 10 ms a second; windows of 25 ms leave two of them out.
     num_frames = geometry.output_length(int(100 * seconds) - 2)
     shape = (batch, num_frames, config.encoder.model_dim)
     frames = jax.random.normal(jax.random.key(0), shape)

@@ -24,6 +24,7 @@ _SCALES = {'flat': 1.0, 'peaky': 6.0}
 
 def run(options: harness.Options) -> Iterator[dict[str, Any]]:
   """Utterances per second, with times, by batch size."""
+  # One function; each batch size, and hotwords or none, is a program.
   find = jax.jit(
     functools.partial(
       prefix_beam.ctc_prefix_beam_search, beam=_BEAM, blank_id=0

@@ -29,6 +29,7 @@ def random_batch(
   rng = np.random.default_rng(0)
   frames, labels = _sizes(seconds)
   shape = (batch, frames, config.feature_dim)
+  # Ids below 3 are special tokens.
   tokens = rng.integers(3, config.vocab_size, (batch, labels))
   return {
     'features': rng.normal(size=shape).astype(np.float32),
@@ -73,7 +74,9 @@ def run(options: harness.Options) -> Iterator[dict[str, Any]]:
     }
 
 
-def _measure(config, seconds, batch, repeats) -> dict[str, float]:
+def _measure(
+  config: config_lib.Config, seconds: float, batch: int, repeats: int
+) -> dict[str, float]:
   mesh = mesh_lib.make_mesh(config.mesh)
   model = u2.U2MoeModel(config.model)
   optimizer = optimizer_lib.optimizer_of(config)
@@ -92,6 +95,7 @@ def _measure(config, seconds, batch, repeats) -> dict[str, float]:
     placed = objective.Batch(**placement.shard_batch(arrays, sharding))
 
     def once():
+      # The state is donated: each step must get what the last one returned.
       nonlocal state
       state, metrics = train_step(state, placed)
       return state, metrics

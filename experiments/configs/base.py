@@ -57,6 +57,7 @@ def u2pp(
     scan_blocks: without, a step of a small model costs a seventh less on a CPU
       (a scan copies what the backward pass needs) and compiles longer.
   """
+  # Encoder and decoders have experts alike.
   moe = config_lib.MoeConfig(num_experts=num_experts)
   return config_lib.ModelConfig(
     vocab_size=vocab_size,
@@ -97,5 +98,6 @@ def with_experts(
     num_experts: experts per layer; 0 makes the model dense.
   """
   for part in (config.model.encoder, config.model.decoder):
+    # The ConfigDict is locked: a key that moves or is misspelt fails here.
     part.moe.num_experts = num_experts
   return config

@@ -63,6 +63,7 @@ def build(
     title=title,
     results=results,
     figures=_save(plots, workdir / 'plots'),
+    # The caller's facts win.
     facts=_facts(recognizer, log) | dict(facts or {}),
     notes=notes,
   )
@@ -154,6 +155,7 @@ def _facts(
   facts: dict[str, str] = {}
   if recognizer is not None:
     facts |= _model_facts(recognizer)
+  # From the log, not the config: a run that was stopped has fewer.
   losses = None if log is None else log.series('train', 'loss')
   if losses is not None and len(losses):
     facts['Trained'] = f'{losses.steps[-1]:,} updates'

@@ -22,6 +22,7 @@ from u2moe_jax.interop import wenet_keys
 
 FILE = pathlib.Path(__file__).parents[2] / 'docs' / 'configuration.md'
 
+# Four spaces begin an entry of `Attributes:`; its further lines have six.
 _ATTRIBUTE = re.compile(r'    (\w+): (.*)')
 
 # Where the groups of the yaml have their place.
@@ -178,11 +179,13 @@ def _sections(cls: type, path: str) -> Iterator[str]:
       groups.append((hints[name], key))
     else:
       rows.append((f'`{key}`', _default(field), meanings[name]))
+  # The whole config has no name; its heading is that of the file.
   if path:
     what = (inspect.getdoc(cls) or '').splitlines()[0]
     yield f'## `{path}`\n\n{what}\n'
   if rows:
     yield _table(('key', 'default', 'meaning'), rows)
+  # Behind the keys of this level, so that no table is torn apart.
   for group, key in groups:
     yield from _sections(group, key)
 
@@ -203,6 +206,7 @@ def attributes(cls: type) -> dict[str, str]:
     elif name and line.startswith('      '):
       meanings[name] += ' ' + line.strip()
   hints = typing.get_type_hints(cls)
+  # A group has a section of its own, so its line may be missing.
   plain = {k for k, hint in hints.items() if not dataclasses.is_dataclass(hint)}
   wrong = plain.symmetric_difference(set(meanings) & plain) | (
     set(meanings) - set(hints)
@@ -252,7 +256,7 @@ def _cell(content: Any) -> str:
   return str(content).replace('|', '\\|').replace('<', '&lt;')
 
 
-def main(_) -> int:
+def main(_: list[str]) -> int:
   """Writes the file."""
   FILE.write_text(text(), encoding='utf-8')
   print(f'wrote {FILE}')

@@ -70,9 +70,11 @@ def _draw_losses(axes: Any, parts: list[tuple]) -> None:
     _draw_smoothed(axes, train, color=color, label=label, ls=style)
     size = 3.5 if last else 6
     axes.plot(dev.steps, dev.values, 'o', color=color, ms=size, mec='white')
+    # The axis must hold the dots too.
     values += [train.values, dev.values]
     has_dev |= len(dev) > 0
   if has_dev:
+    # No data: one grey dot for the legend, instead of one a colour.
     axes.plot([], [], 'o', color=drawing.GREY, label='on the dev set')
   drawing.value_axis(axes, values)
   axes.set_title('Loss')

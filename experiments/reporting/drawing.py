@@ -84,6 +84,7 @@ def new_figure(height: float) -> Any:
   """A figure of the page's width; height in inches."""
   layout = layout_engine.ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08)
   figure = figure_lib.Figure(figsize=(WIDTH, height), dpi=DPI, layout=layout)
+  # It attaches itself to the figure.
   backend_agg.FigureCanvasAgg(figure)
   return figure
 
@@ -145,6 +146,7 @@ def expert_legend(axes: Any, palette: Sequence[Any]) -> None:
     patches.Patch(color=color, label=f'{expert + 1}')
     for expert, color in enumerate(palette)
   ]
+  # The first one says what the numbers are.
   handles[0].set_label('expert 1')
   legend_above(axes, columns=min(len(palette), 8), handles=handles)
 
@@ -164,10 +166,12 @@ def value_axis(
   if wide and lowest > 0 and highest > 10 * lowest:
     axes.set_yscale('log')
     axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    # The ticks at 2 and 5 are named already.
     axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     axes.yaxis.set_major_formatter(
       ticker.FuncFormatter(lambda value, _: f'{value:g}')
     )
+  # From 0 on, so that heights can be compared; and all values may be 0.
   elif lowest >= 0:
     axes.set_ylim(0, highest * 1.08 or 1)
 
@@ -175,6 +179,7 @@ def value_axis(
 def printable(text: str, instead: str) -> str:
   """The text, or what stands for it where the font lacks a character."""
   font = _font()
+  # Glyph 0 is the box that stands for what a font lacks.
   known = text and all(font.get_char_index(ord(c)) for c in text)
   return text if known else instead
 

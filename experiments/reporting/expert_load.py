@@ -32,8 +32,9 @@ def recent_load(
   result = {}
   for name in sorted(log.names(_PREFIX), key=forward_order):
     load = log.series('train', _PREFIX + name).finite()
+    # Windows, layers, experts: [N, L, E].
     if len(load) and load.values.ndim == 3:
-      result[name] = load.values[-num_windows:].mean(axis=0)
+      result[name] = load.values[-num_windows:].mean(axis=0)  # [L, E]
   return result
 
 
@@ -79,9 +80,11 @@ def _draw_layers(axes: Any, name: str, shares: np.ndarray, widest: int) -> Any:
     cmap=colors.LinearSegmentedColormap.from_list(
       'load', [_STARVED, _IDEAL, _CROWDED]
     ),
+    # White, the middle, is the even share; all from twice that on is full red.
     norm=colors.Normalize(0, 2),
     aspect='auto',
   )
+  # Cells lie around whole numbers; the same columns in every panel.
   axes.set_xlim(-0.5, widest - 0.5)
   axes.set_xticks([])
   axes.set_yticks(
@@ -95,6 +98,7 @@ def _draw_layers(axes: Any, name: str, shares: np.ndarray, widest: int) -> Any:
 
 def _number_cells(axes: Any, shares: np.ndarray, relative: np.ndarray) -> None:
   for (layer, expert), share in np.ndenumerate(shares):
+    # Ink that can be read: the cells at both ends of the scale are dark.
     dark = abs(relative[layer, expert] - 1) > 0.7
     axes.text(
       expert,
@@ -146,6 +150,7 @@ def plot_over_training(log: metrics_log.MetricsLog) -> bytes | None:
 def least_balanced(load: Mapping[str, np.ndarray]) -> tuple[str, int]:
   """Finds the layer farthest from equal shares, as (name, index in L)."""
   spread = {
+    # Relative to the mean, 1/E: layers may have different numbers of experts.
     (name, layer): float(np.std(row) * len(row))
     for name, shares in load.items()
     for layer, row in enumerate(shares)
@@ -175,10 +180,12 @@ def _draw_entropies(
   for name, color in zip(num_experts, drawing.categorical(len(num_experts))):
     entropy = log.series('train', f'entropy/{name}').finite()
     if len(entropy):
-      mean = metrics_log.smooth(entropy.values.mean(axis=1))
+      mean = metrics_log.smooth(entropy.values.mean(axis=1))  # [N]
       axes.plot(entropy.steps, mean, color=color, label=name)
   for count in set(num_experts.values()):
+    # The entropy of equal shares, log E.
     axes.axhline(math.log(count), color=drawing.GREY, ls='--', lw=1)
+  # With one expert there is no entropy, and still an axis.
   axes.set_ylim(0, 1.08 * math.log(max(num_experts.values())) or 1)
   axes.set_title('Router entropy')
   axes.set_ylabel('nats, mean over layers')

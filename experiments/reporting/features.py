@@ -44,11 +44,12 @@ def plot(example: inspection.Example, config: config_lib.DataConfig) -> bytes:
     (panels[2], example.augmented, _augmented_title(example, config.augment)),
   ):
     image = display.specshow(
-      frames.T,
+      frames.T,  # [F, T]
       sr=rate,
       hop_length=features.shift_samples,
       x_axis='s',
       y_axis='mel',
+      # The bins are Kaldi's, and librosa would place its own.
       y_coords=fbank.centre_frequencies(features),
       fmax=rate / 2,
       ax=axes,

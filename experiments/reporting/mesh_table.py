@@ -33,7 +33,7 @@ _KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all')
 def ordered(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
   """The best first: by step time, else by traffic; failures last."""
 
-  def key(row):
+  def key(row: Mapping[str, Any]):
     time = row.get('step_s')
     return (
       'error' in row,
@@ -101,6 +101,7 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
   """Every figure of every row."""
   flat = [_flat(row) for row in rows]
+  # Rows may have different collectives; the first row to have one places it.
   names = list(dict.fromkeys(name for row in flat for name in row))
   text = io.StringIO()
   writer = csv.DictWriter(text, names, lineterminator='\n')
@@ -116,6 +117,7 @@ def to_markdown(
 ) -> str:
   """A sorted table of figures for one device, and what is not in it."""
   good = [row for row in rows if 'error' not in row]
+  # A simulated sweep has no step times: columns without a figure go.
   shown = [
     column
     for column in _COLUMNS
@@ -147,7 +149,9 @@ def to_markdown(
   return '\n'.join(lines) + '\n'
 
 
-def _cell(row, key, divisor, decimals) -> str:
+def _cell(
+  row: Mapping[str, Any], key: str, divisor: float, decimals: int
+) -> str:
   value = row.get(key)
   return '' if value is None else f'{value / divisor:.{decimals}f}'
 
@@ -160,13 +164,15 @@ def to_png(rows: Sequence[Mapping[str, Any]]) -> bytes | None:
   """Memory and traffic of each shape; None without matplotlib or figures."""
   good = [row for row in rows if 'error' not in row]
   try:
+    # matplotlib is no part of the core.
     from experiments.reporting import drawing
   except ImportError:
     return None
+  # More bars cannot be told apart; the best are first.
   return _draw(drawing, good[:40]) if good else None
 
 
-def _draw(drawing, rows) -> bytes:
+def _draw(drawing: Any, rows: Sequence[Mapping[str, Any]]) -> bytes:
   @drawing.styled
   def draw():
     figure = drawing.new_figure(1.4 + 0.2 * len(rows))
@@ -185,13 +191,21 @@ def _draw(drawing, rows) -> bytes:
     kinds = dict.fromkeys(kind for row in flat for kind in row)
     _stack(traffic, names, [(k, k) for k in kinds], flat, drawing)
     traffic.set_title('traffic a step, GiB')
+    # Bars grow from below, and the best row belongs on top; both panels share
+    # it.
     memory.invert_yaxis()
     return drawing.to_png(figure)
 
   return draw()
 
 
-def _stack(axes, names, parts, rows, drawing) -> None:
+def _stack(
+  axes: Any,
+  names: Sequence[str],
+  parts: Sequence[tuple[str, str]],
+  rows: Sequence[Mapping[str, Any]],
+  drawing: Any,
+) -> None:
   """Bars of several parts behind each other, one bar a shape."""
   left = [0.0] * len(names)
   for (key, label), colour in zip(

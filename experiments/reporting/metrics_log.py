@@ -88,6 +88,7 @@ def read(path: str | os.PathLike[str]) -> MetricsLog:
   """
   records: dict[str, list[Mapping[str, Any]]] = {kind: [] for kind in KINDS}
   num_unreadable = 0
+  # A line may have been cut off in the middle of a character.
   text = pathlib.Path(path).read_bytes().decode('utf-8', errors='replace')
   for line in text.splitlines():
     record = _parse(line)
@@ -95,6 +96,7 @@ def read(path: str | os.PathLike[str]) -> MetricsLog:
       num_unreadable += bool(line.strip())
       continue
     kind, step = record['kind'], record['step']
+    # The log only grows; a step that comes again tells of a restart.
     if records[kind] and records[kind][-1]['step'] >= step:
       for name, kept in records.items():
         records[name] = [each for each in kept if each['step'] < step]
@@ -122,9 +124,12 @@ def smooth(values: np.ndarray) -> np.ndarray:
     The same shape. Near the start the window shrinks, because the fall there
     is steep; near the end only its second half does, because noise is not.
   """
+  # Long runs have more windows and take more smoothing, if less than in
+  # proportion.
   half = int(len(values) ** 0.5 / 2.5)
+  # The sum of a window is the difference of two running sums.
   padded = np.cumsum(values, axis=0)
-  padded = np.concatenate([np.zeros_like(values[:1]), padded])
+  padded = np.concatenate([np.zeros_like(values[:1]), padded])  # [N + 1, ...]
   index = np.arange(len(values))
   back = np.minimum(half, index)
   ahead = np.minimum(back, index[::-1])

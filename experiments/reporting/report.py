@@ -76,6 +76,8 @@ def snr_table(results: Sequence[Result]) -> Table | None:
     return None
 
   def cell(band: str) -> Callable[[Result], str]:
+    # A function, so that each column keeps its band; a lambda made in the loop
+    # would see the last one.
     return lambda result: _number(result['wer_by_snr'].get(band), 2)
 
   return _table(
@@ -168,6 +170,7 @@ def write_report(
   ]
   page = _PAGE.format(
     title=html.escape(title),
+    # As an argument: its braces are none of the template's.
     style=_CSS,
     body='\n'.join(part for part in body if part),
   )

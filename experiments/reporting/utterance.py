@@ -57,6 +57,7 @@ class _Pass:
   expert_index: dict[str, jax.Array]
 
 
+# Module and config hash by value: equal ones share a program.
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _encode(
   model: u2.U2MoeModel,
@@ -108,6 +109,7 @@ def inspect(
     )
   )
   description = recognizer.description
+  # One utterance: row 0, without its padding.
   num_frames = int(found.mask[0].sum())
   log_probs = found.log_probs[0, :num_frames]
   blank_id = description.model.blank_id
@@ -116,7 +118,7 @@ def inspect(
   return Inspection(
     log_probs=log_probs,
     expert_index={
-      name: found.expert_index[name][:, 0, :num_frames]
+      name: found.expert_index[name][:, 0, :num_frames]  # [L, T]
       for name in sorted(found.expert_index, key=expert_load.forward_order)
     },
     text=recognizer.text([token for token, _ in path]),
@@ -200,12 +202,15 @@ def occurring_tokens(inspection: Inspection) -> list[int]:
   that come nearest; never the blank.
   """
   log_probs = inspection.log_probs
-  peaks = log_probs.max(axis=0)
+  peaks = log_probs.max(axis=0)  # [V]
+  # The blank has a row in any case.
   peaks[inspection.blank_id] = -np.inf
   visible = int((peaks > np.log(_VISIBLE)).sum())
   count = min(max(visible, _FEWEST_ROWS), _MOST_ROWS, len(peaks) - 1)
   chosen = np.argsort(-peaks, kind='stable')[:count]
+  # A token that never becomes visible appears where it peaks.
   shown = np.minimum(peaks[chosen], np.log(_VISIBLE))
+  # argmax of booleans is the first True.
   first = (log_probs[:, chosen] >= shown).argmax(axis=0)
   return [int(chosen[i]) for i in np.argsort(first, kind='stable')]
 

@@ -32,19 +32,23 @@ def minutes_to_come(
     arms: all.
   """
   known = {}
+  # Apart, since an update with experts costs more.
   for has_experts in (False, True):
     same = [
       entry
       for entry in entries
       if entry['updates']
+      # Of experts only those that a frame visits are active.
       and (entry['active_parameters'] < entry['parameters']) == has_experts
     ]
     if same:
       known[has_experts] = _Cost.mean(same)
   if not known:
     return 0.0
+  # Of one kind nothing may be known yet; then it is guessed from the other.
   dense = known.get(False) or known[True].times(1 / _EXPERTS_COST)
   costs = {False: dense, True: known.get(True) or dense.times(_EXPERTS_COST)}
+  # Arms are done in order, so the rest is to come.
   to_come = [arm for arm in arms[len(entries) :] if arm.config is not None]
   return sum(costs[arm.has_experts].seconds(arm) for arm in to_come) / 60
 

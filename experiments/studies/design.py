@@ -159,11 +159,13 @@ def arms(
   """
   names = ('an4', 'builtin') if study == 'shift' else (study,)
   tests = tuple(corpora[name] for name in names)
+  # For `shift` that of builtin, for the others their own (a).
   start = f'{names[-1]}-{seed}/a'
   config = _on(recipe.config, tests[0], lengths)
   configs = _configs(config, seed, recipe, lengths)
   for letter in LETTERS[study]:
     is_dense = letter == 'a'
+    # The (a) of `shift` is a finished model: it trains nothing.
     is_fresh = letter == 'c' or (is_dense and study != 'shift')
     yield Arm(
       study=study,
@@ -173,6 +175,7 @@ def arms(
       decode=recipe.config.decode,
       tests=tests,
       start='' if is_fresh else start,
+      # With the same tokens and CMVN all arms of a study see the same task.
       like='' if is_dense else start,
       growth=recipe.growth if letter in _GROWN else None,
     )
@@ -183,6 +186,7 @@ def _configs(
 ) -> dict[str, config_lib.Config]:
   """The training of each arm; a start brings its own model."""
   balance = {'train.balance_loss_weight': recipe.balance}
+  # (c) gets the updates of the dense model and of what continues it.
   both = _fresh(seed, lengths.dense + lengths.more)
   scratch = _changed(config, both | balance)
   more = _changed(config, _continued(seed, recipe, lengths.more))
@@ -198,6 +202,7 @@ def _configs(
     ),
     'd': balanced,
     'e': _changed(balanced, {'train.trainable': FROZEN_ARM_TRAINS}),
+    # (f) trains as (b) does; what differs is its start, which has experts.
     'f': more,
   }
 
@@ -212,7 +217,10 @@ def _on(
       'data.dev': corpus.dev,
       'optimizer.schedule': 'cosine',
       'train.save_every': lengths.every,
+      # A divisor of `save_every`: each point of a curve then has a line that
+      # tells how long it took to get there.
       'train.log_every': math.gcd(20, lengths.every),
+      # The averages of all arms are of as many checkpoints.
       'train.average_best': 3,
       'train.keep_last': 1,
       'train.idle_expert_steps': 200,

@@ -50,6 +50,7 @@ def choose(
   """
   lowest = min((p['wer'] for curve in curves for p in curve), default=start)
   levels = [round(share * start, 1) for share in _SHARES]
+  # What nobody has reached compares nobody.
   return [level for level in levels if lowest <= level < start]
 
 
@@ -68,6 +69,7 @@ def cost(
   """
   for point in entry['dev']:
     if point['wer'] <= level:
+      # A start that was trained is not free: in the bill of all it counts.
       before = (dense['updates'], dense['seconds']) if dense else (0, 0.0)
       return Cost(
         updates=point['step'],

@@ -8,6 +8,7 @@ import numpy as np
 from experiments.reporting import drawing
 from experiments.studies import tables
 
+# A colour for each letter, in every study, whatever arms it has.
 _COLOURS = dict(zip('abcdef', drawing.PALETTE[:6], strict=True))
 # The lower panel ends so far above the start, to show what is below it.
 _HEADROOM = 1.5
@@ -29,6 +30,7 @@ def curves(group: tables.Group) -> bytes | None:
   """
   drawn = [entry for entry in group.values() if entry['dev']]
   later = [entry for entry in drawn if entry['letter'] != 'a']
+  # Without a curve of (a) both panels would be the same.
   shown = [(drawn, True)] if len(later) < len(drawn) else []
   if later:
     shown.append((later, False))
@@ -66,6 +68,7 @@ def _draw_panel(
   values = [
     np.array([wer for _, wer in _points(entry, group)]) for entry in entries
   ]
+  # Not logarithmic: differences are read off in per cent of words.
   drawing.value_axis(axes, values, wide=False)
   drawing.step_axis(axes)
   axes.set_xlabel(
@@ -79,6 +82,7 @@ def _draw(
 ) -> None:
   points = _points(entry, group)
   dense = tables.start_of(entry, group)
+  # What continues (a) begins where (a) has ended.
   offset = dense['updates'] if dense and in_all else 0
   axes.plot(
     [offset + step for step, _ in points],

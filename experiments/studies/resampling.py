@@ -23,8 +23,10 @@ def change_interval(
   errors = np.stack([ours, theirs], axis=1).astype(np.float64)  # [N, 2]
   rng = np.random.default_rng(seed)
   draws = rng.integers(0, len(errors), (_NUM_SAMPLES, len(errors)))
+  # [draws, N, 2] summed over utterances, then one row of draws for each model.
   mine, other = errors[draws].sum(axis=1).T
   kept = other > 0  # few errors: some draws have none of them
   changes = 100 * (mine[kept] / other[kept] - 1)
+  # What lies between them holds 95 of 100 draws.
   low, high = np.percentile(changes, [2.5, 97.5])
   return float(low), float(high)

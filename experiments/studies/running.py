@@ -65,12 +65,14 @@ def run(
   entries: list[Entry] = []
   for arm, entry in zip(arms, known, strict=True):
     say(f'{arm.folder}: {arm.title} ({len(entries) + 1} of {len(arms)})')
+    # The error rates come last, so an arm that has them is done.
     is_new = 'wer' not in entry
     if not is_new:
       say('  done already')
     elif not _run_one(arm, entry, root, say):
       return False
     entries.append(entry)
+    # Behind each new arm, and in any case at the end.
     if is_new or len(entries) == len(arms):
       after(entries)
     jax.clear_caches()  # the next arm has programs of its own
@@ -83,6 +85,7 @@ def _run_one(
   """Adds what became of an arm to its entry; False if a signal stopped it."""
   workdir = root / arm.folder
   workdir.mkdir(parents=True, exist_ok=True)
+  # Should the process be killed, the next sitting finds that one was under way.
   preparing.write_json(workdir / 'arm.json', entry | {_SITTING: True})
   begun = time.monotonic()
   try:
@@ -106,6 +109,7 @@ def _begin(arm: design.Arm, workdir: pathlib.Path) -> Entry:
   known: Entry = {}
   if file.is_file():
     known = json.loads(file.read_text(encoding='utf-8'))
+  # Asked for, but nothing was trained: it may be asked for differently.
   if not known or not ('wer' in known or (workdir / 'config.json').is_file()):
     return {'asked': asked, 'wall_seconds': 0.0}
   changed = preparing.differences(_filled_in(known['asked']), asked)
@@ -124,6 +128,8 @@ def _killed_after(workdir: pathlib.Path) -> float:
   first, last = workdir / 'arm.json', workdir / 'metrics.jsonl'
   if not last.is_file():
     return 0.0
+  # arm.json is written when a sitting begins, metrics.jsonl as long as it
+  # lasts. It is older if that sitting logged nothing.
   seconds = last.stat().st_mtime - first.stat().st_mtime
   return round(max(seconds, 0.0), 1)
 
@@ -138,6 +144,7 @@ def _asked(arm: design.Arm) -> Entry:
     'start': arm.start,
     'growth': arm.growth and dataclasses.asdict(arm.growth),
   }
+  # Tuples become lists, as in what it is compared with.
   return json.loads(json.dumps(asked))
 
 
@@ -189,6 +196,7 @@ def _source(
   grown = root / arm.start / 'grown'
   asked = dataclasses.asdict(arm.growth)
   if grown.is_dir():
+    # Arms share what was grown; one that was grown otherwise must not be taken.
     record = directory.describe(grown).provenance['upcycling']
     for name, value in asked.items():
       if record[name] != value:
@@ -198,6 +206,7 @@ def _source(
         )
     return grown
   say(f'  growing {arm.growth.num_experts} experts')
+  # The receipt is made on sound of the corpus, not on random features.
   if not upcycling.upcycle(
     dense, grown, arm.growth, manifest=arm.tests[0].test
   ):
@@ -259,6 +268,7 @@ def sizes(path: pathlib.Path) -> Entry:
   found['trainable_bytes'] = sum(
     math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in chosen
   )
+  # Moments are in steps only; the averaged model has none.
   newest = directory.step_folders(path)[-1]
   found['moment_bytes'] = _moment_bytes(newest / 'optimizer')
   return found
@@ -278,8 +288,10 @@ def _history(workdir: pathlib.Path) -> Entry:
   log = metrics_log.read(workdir / 'metrics.jsonl')
   speed = log.series('train', 'steps_per_second')
   # Of the windows between two lines; compiling, evaluating and saving apart.
+  # Steps of a window by its speed are its seconds.
   spent = np.cumsum(np.diff(speed.steps, prepend=0) / speed.values)
   wer = log.series('dev', 'wer').finite()
+  # At the very step where a line was logged; between lines, its share.
   seconds = np.interp(wer.steps, speed.steps, spent)
   entry: Entry = {
     'updates': int(speed.steps[-1]),
@@ -292,6 +304,7 @@ def _history(workdir: pathlib.Path) -> Entry:
   low = log.series('train', 'expert_load_low').finite()
   if len(low):
     high = log.series('train', 'expert_load_high').finite()
+    # The end of training: at first routers are not balanced yet.
     entry['load_low'] = round(float(np.mean(low.values[-10:])), 4)
     entry['load_high'] = round(float(np.mean(high.values[-10:])), 4)
   return entry
@@ -333,6 +346,7 @@ def _decode(
         out=workdir / 'transcripts' / f'{corpus.name}-{name}.jsonl',
       )
       rates[corpus.name][name] = summary.to_json()['wer']
+      # Overwritten by each pass, so those of `test`, the last, remain.
       errors[corpus.name] = [_word_errors(each) for each in decoded]
   return {'wer': rates, 'errors': errors}
 

@@ -103,6 +103,7 @@ class Request:
       raise config_lib.ConfigError(
         '--studies=shift starts from the dense model of builtin; add that one'
       )
+    # In this order: `shift` starts from what `builtin` has trained.
     return tuple(name for name in design.STUDIES if name in chosen)
 
   def lengths(self, study: str) -> design.Lengths:
@@ -116,12 +117,14 @@ class Request:
 
   def recipe(self, study: str) -> design.Recipe:
     """What the arms of a study have in common."""
+    # `shift` continues the model of the built-in corpus, so it has its config.
     tree = self.an4_config if study == 'an4' else self.config
     return design.Recipe(
       config=config_lib.from_dict(config_lib.Config, tree),
       growth=self.growth,
       balance=self.balance,
       rate=self.rate,
+      # A very short study must not be all warm-up.
       warmup=min(100, self.lengths(study).more // 4),
     )
 
@@ -146,12 +149,14 @@ def run(
   corpora = dict(_corpora(request, workdir))
   arms = [
     arm
+    # Seeds outside: the first one gives whole tables early.
     for seed in range(request.seeds or _SEEDS[request.form])
     for study in request.chosen
     for arm in design.arms(
       study, seed, request.recipe(study), request.lengths(study), corpora
     )
   ]
+  # Behind the arms: what cannot be asked for shows before minutes of speaking.
   speaking = _prepare(request, corpora, workdir, say)
 
   def after(entries: Sequence[running.Entry]) -> None:
@@ -202,6 +207,7 @@ def _prepare(
     num_dev=request.num_test,
     num_test=request.num_test,
   )
+  # Speaking goes on where it was stopped, and its time adds up.
   file, before = workdir / 'corpus.json', 0.0
   if file.is_file():
     before = json.loads(file.read_text(encoding='utf-8'))['wall_seconds']
@@ -241,6 +247,7 @@ def write(
     folder = f'{study}-{seed}'
     _write(workdir / 'plots' / f'{folder}.png', plots.curves(group))
     for letter, entry in group.items():
+      # Routers logged a load, so there are experts to draw.
       if 'load_low' in entry:
         log = metrics_log.read(workdir / folder / letter / 'metrics.jsonl')
         picture = expert_load.plot_over_training(log)

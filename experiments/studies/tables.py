@@ -31,6 +31,7 @@ def markdown(entries: Sequence[Entry]) -> str:
   parts = []
   for (study, seed), group in groups(entries).items():
     parts.append(f'### {_HEADINGS[study]}, seed {seed}')
+    # Two test sets and no curves to compare: a table of its own.
     if study == 'shift':
       parts.append(_shift(group))
       continue
@@ -88,6 +89,7 @@ def _change(entry: Entry, other: Entry) -> str:
   """Relative change of the test error rate, and how sure it is."""
   if not rate(other, 'test'):
     return _NONE
+  # `less` is positive where ours is better, a change negative.
   change = -levels_lib.less(rate(entry, 'test'), rate(other, 'test'))
   corpus = next(iter(entry['wer']))
   low, high = resampling.change_interval(
@@ -210,6 +212,7 @@ def _size_row(entry: Entry) -> list[str]:
   load = _NONE
   if 'load_low' in entry:
     load = f'{100 * entry["load_low"]:.1f}, {100 * entry["load_high"]:.1f}'
+  # 1 if just what trains has both moments, in float32 like the parameters.
   share = entry['moment_bytes'] / (2 * entry['trainable_bytes'])
   return [
     name(entry),
@@ -260,6 +263,7 @@ def _claims(entries: Sequence[Entry]) -> str:
 
 
 def _training_claims(group: Group) -> Iterator[tuple[str, str, str]]:
+  # A claim needs its arms, of which a study under way has only some.
   for letter in ('d', 'e'):
     if {'a', 'b', letter} <= group.keys():
       yield _error_claim(group, letter)
@@ -288,11 +292,14 @@ def _time_claims(group: Group) -> Iterator[tuple[str, str, str]]:
   """What it took to the lowest level that (c) and (d) have both reached."""
   paper = f'up to -{_PAPER_SAVING} % training time'
   claim = '(d) needs less training than (c)'
+  # From the lowest up: the first that both have reached.
   for level in reversed(chosen_levels(group)):
     ours = levels_lib.cost(group['d'], level, group['a'])
     theirs = levels_lib.cost(group['c'], level, None)
     if ours is None or theirs is None:
       continue
+    # The dense training belongs in the bill, unless that model was there
+    # anyway.
     for word, seconds, updates in (
       ('without', ours.seconds, ours.updates),
       ('with', ours.seconds_in_all, ours.updates_in_all),

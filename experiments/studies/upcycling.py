@@ -86,7 +86,7 @@ def _say(text: str) -> None:
   print(f'[{minutes:2d}:{seconds:02d}] {text}', flush=True)
 
 
-def main(_) -> int:
+def main(_: list[str]) -> int:
   """Runs the study; exit codes in docs/exit_codes.md."""
   workdir = pathlib.Path(_WORKDIR.value).absolute()
   # JAX reads it when it is imported. A run that continues compiles nothing, and
@@ -94,6 +94,7 @@ def main(_) -> int:
   os.environ.setdefault(
     'JAX_COMPILATION_CACHE_DIR', str(workdir / 'cache' / 'jax')
   )
+  # Nothing is written outside of the work directory.
   os.environ.setdefault('MPLCONFIGDIR', str(workdir / 'cache' / 'matplotlib'))
   from experiments.studies import running
   from experiments.studies import study
@@ -101,6 +102,7 @@ def main(_) -> int:
   try:
     done = study.run(_request(), workdir, say=_say)
   except running.ReceiptError as error:
+    # A check said no: neither bad input nor a defect of this script.
     print(f'error: {error}', file=sys.stderr, flush=True)
     return command.FAILED
   return command.OK if done else command.INTERRUPTED

@@ -68,6 +68,7 @@ def discover(folder: str | os.PathLike[str]) -> list[Case]:
   if not path.is_dir():
     raise CaseError(f'{path}: no such folder')
   inside = sorted(p for p in path.iterdir() if p.is_dir() and _is_case(p))
+  # A case may have folders in it; they are none then.
   folders = [path] if _is_case(path) else inside
   if not folders:
     raise CaseError(
@@ -83,6 +84,7 @@ def _is_case(folder: pathlib.Path) -> bool:
 
 
 def _load(folder: pathlib.Path) -> Case:
+  # Resolved, so that `.` has a name in the table.
   return Case(folder.resolve().name, folder, dict(_files(folder)))
 
 
@@ -100,6 +102,7 @@ def _files(folder: pathlib.Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def _arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
   try:
+    # A pickle in a stranger's file could run anything.
     with np.load(path, allow_pickle=False) as file:
       return {key: file[key] for key in file.files}
   except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:

@@ -64,6 +64,7 @@ def close(
     tolerance: largest absolute error.
     mask: which entries of the leading axes count; None for all.
   """
+  # So that taking the difference rounds nothing off.
   actual = np.asarray(actual, np.float64)
   expected = np.asarray(expected, np.float64)
   if actual.shape != expected.shape:
@@ -116,6 +117,7 @@ def close_lists(
   ]
   if not rows:
     return Row(quantity, 0.0, tolerance)
+  # By share, in which NaN is infinite: max() could pass over a NaN.
   worst = max(rows, key=lambda row: row.share)
   return dataclasses.replace(worst, quantity=quantity)
 

@@ -56,7 +56,10 @@ def _graph(port: port_lib.Port) -> hotwords.HotwordGraph:
     largest = max(max(phrase.tokens) for phrase in phrases)
     return hotwords.build(
       phrases,
+      # The case does not tell it; every id that occurs needs a column.
       vocab_size=max([largest + 1, *(n + 1 for n in seen), *sizes]),
+      # The reference never completes a phrase that begins a longer one before
+      # it.
       nested_phrases=False,
     )
 
@@ -64,7 +67,7 @@ def _graph(port: port_lib.Port) -> hotwords.HotwordGraph:
 
 
 def _searched(
-  port: port_lib.Port, kind: str, beam: int, graph
+  port: port_lib.Port, kind: str, beam: int, graph: hotwords.HotwordGraph | None
 ) -> prefix_beam.BeamState:
   """The state after the last frame."""
 
@@ -85,29 +88,39 @@ def _searched(
       graph=graph,
     )
 
+  # Of hotwords a case has one list, so with or without is all there is to know.
   return port.once(('context', kind, beam, graph is None), compute)
 
 
-def _greedy(port, quantity) -> Iterator[compare.Row]:
+def _greedy(
+  port: port_lib.Port, quantity: registry.Quantity
+) -> Iterator[compare.Row]:
   found = greedy.ctc_greedy_search(
     *_posteriors(port, quantity.text('kind')), blank_id=_blank(port)
   )
+  # Of a greedy search the case has tokens alone.
   ours = [{'tokens': row['tokens']} for row in search.records(found)]
   yield from search.compare_records(quantity.path, ours, quantity.value)
 
 
-def _plain(port, quantity) -> Iterator[compare.Row]:
+def _plain(
+  port: port_lib.Port, quantity: registry.Quantity
+) -> Iterator[compare.Row]:
   kind, beam = quantity.text('kind'), quantity.integer('beam', 1)
   found = _finish(_searched(port, kind, beam, None))
   ours = search.records(found)
   yield from search.compare_records(quantity.path, ours, quantity.value)
 
 
-def _with_hotwords(port, quantity) -> Iterator[compare.Row]:
+def _with_hotwords(
+  port: port_lib.Port, quantity: registry.Quantity
+) -> Iterator[compare.Row]:
   """The reference's form, the parts of its scores, and the intended form."""
   kind, beam = quantity.text('kind'), quantity.integer('beam', 1)
   graph = _graph(port)
   state = _searched(port, kind, beam, graph)
+  # `replace` is the reference's finish: what is given back takes the place of
+  # the bonus, and the list keeps its order.
   ours = search.records(_finish(state, graph=graph, finalize='replace'))
   for record, parts in zip(ours, _parts(state, graph)):
     record |= parts
@@ -119,12 +132,15 @@ def _with_hotwords(port, quantity) -> Iterator[compare.Row]:
   )
 
 
-def _parts(state, graph) -> Iterator[dict[str, Any]]:
+def _parts(
+  state: Any, graph: hotwords.HotwordGraph
+) -> Iterator[dict[str, Any]]:
   """What the scores of each utterance are made of."""
   beams = jax.device_get(state.beams)
-  log_probs = np.logaddexp(beams.blank, beams.nonblank)
-  offset = beams.offset - beams.offset_error
-  loans = np.asarray(hotwords.on_loan(graph, state.beams.words))
+  log_probs = np.logaddexp(beams.blank, beams.nonblank)  # [B, N]
+  # In float32 the sums stay small, relative to the best beam; this leads back.
+  offset = beams.offset - beams.offset_error  # [B]
+  loans = np.asarray(hotwords.on_loan(graph, state.beams.words))  # [B, N]
   for row, scores in enumerate(log_probs):
     alive = np.isfinite(scores)
     yield {
@@ -152,7 +168,9 @@ def _intended(record: dict[str, Any]) -> dict[str, Any]:
   }
 
 
-def _walks(port, quantity) -> Iterator[compare.Row]:
+def _walks(
+  port: port_lib.Port, quantity: registry.Quantity
+) -> Iterator[compare.Row]:
   """Bonus of every step through the automaton, and what is given back."""
   graph = _graph(port)
   ours = [_walk(graph, walk['tokens']) for walk in quantity.value]
@@ -160,9 +178,11 @@ def _walks(port, quantity) -> Iterator[compare.Row]:
 
 
 def _walk(graph: hotwords.HotwordGraph, tokens: list[int]) -> dict[str, Any]:
+  # One prefix, without the axis of the batch: [1].
   state, totals = jax.tree.map(lambda x: x[0], hotwords.init_state(1, 1)), [0.0]
   for token in tokens:
     grown = _extend(graph, state, graph.columns[np.array([token])])
+    # One prefix by one token: [1, 1] to [1].
     state = jax.tree.map(lambda field: field[:, 0], grown)
     totals.append(float(state.bonus[0]))
   return {

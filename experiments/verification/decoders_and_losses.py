@@ -11,6 +11,10 @@ from experiments.verification import compare
 from experiments.verification import encoder
 from experiments.verification import port as port_lib
 from experiments.verification import registry
+from u2moe_jax import config as config_lib
+from u2moe_jax.array_types import Array
+from u2moe_jax.array_types import Float
+from u2moe_jax.array_types import Int
 from u2moe_jax.array_types import PyTree
 from u2moe_jax.models import u2
 from u2moe_jax.ops import ctc
@@ -20,7 +24,13 @@ from u2moe_jax.training import objective
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames='blank_penalty')
-def _log_probs(model, params, frames, *, blank_penalty):
+def _log_probs(
+  model: u2.U2MoeModel,
+  params: PyTree,
+  frames: Float[Array, 'B T D'],
+  *,
+  blank_penalty: float,
+):
   return model.apply(
     {'params': params},
     frames,
@@ -50,9 +60,16 @@ def log_probs(
 
 @functools.partial(jax.jit, static_argnames=('model', 'config', 'training'))
 def _objective_and_gradients(
-  model, params, buffers, batch, chunk, *, config, training
+  model: u2.U2MoeModel,
+  params: PyTree,
+  buffers: PyTree,
+  batch: objective.Batch,
+  chunk: tuple[Int[Array, ''], Int[Array, '']],
+  *,
+  config: config_lib.TrainConfig,
+  training: bool,
 ):
-  def loss(params):
+  def loss(params: PyTree):
     result = objective.compute_objective(
       model,
       params,
@@ -84,6 +101,7 @@ def run_objective(
       port.params,
       port.buffers,
       port.batch,
+      # As arrays, so that all chunk sizes are one program.
       (jnp.asarray(chunk), jnp.asarray(left)),
       config=port.train_config,
       training=training,
@@ -99,10 +117,13 @@ def direction(
   scores = outputs.backward if reverse else outputs.forward
   if scores is None:
     raise ValueError('the model has no such decoder')
+  # A pair, left-to-right first, so `reverse` is the index.
   return scores, objective.decoder_batches(port.batch, port.config)[reverse]
 
 
-def _ctc_log_probs(port, quantity) -> Iterator[compare.Row]:
+def _ctc_log_probs(
+  port: port_lib.Port, quantity: registry.Quantity
+) -> Iterator[compare.Row]:
   chunk, left = quantity.integer('chunk', -1), quantity.integer('left', -1)
   penalty = quantity.number('penalty', 0.0)
   yield compare.close(
@@ -110,11 +131,14 @@ def _ctc_log_probs(port, quantity) -> Iterator[compare.Row]:
     log_probs(port, chunk, left, penalty),
     quantity.value,
     compare.LOG_PROBS,
+    # Which frames are real does not hang on chunks.
     mask=encoder.encode(port).mask,
   )
 
 
-def _ctc_loss(port, quantity) -> Iterator[compare.Row]:
+def _ctc_loss(
+  port: port_lib.Port, quantity: registry.Quantity
+) -> Iterator[compare.Row]:
   batch = port.batch
   ours = ctc.ctc_loss(
     log_probs(port),
@@ -126,7 +150,9 @@ def _ctc_loss(port, quantity) -> Iterator[compare.Row]:
   yield compare.close(quantity.path, ours, quantity.value, compare.LOSS)
 
 
-def _labels(port, quantity) -> Iterator[compare.Row]:
+def _labels(
+  port: port_lib.Port, quantity: registry.Quantity
+) -> Iterator[compare.Row]:
   """What a decoder is fed (`in`) and asked (`out`)."""
   reverse = quantity.text('direction') == 'r'
   batch = objective.decoder_batches(port.batch, port.config)[reverse]
@@ -134,11 +160,14 @@ def _labels(port, quantity) -> Iterator[compare.Row]:
   expected = quantity.value
   if quantity.text('side') == 'out':
     ignored = port.case.settings.get('ignore_id', -1)
+    # Its padding has an id of its own choice; ours is -1.
     expected = np.where(expected == ignored, -1, expected)
   yield compare.equal(quantity.path, ours, expected)
 
 
-def _decoder_log_probs(port, quantity) -> Iterator[compare.Row]:
+def _decoder_log_probs(
+  port: port_lib.Port, quantity: registry.Quantity
+) -> Iterator[compare.Row]:
   scores, batch = direction(port, reverse=quantity.text('direction') == 'r2l')
   yield compare.close(
     quantity.path,
@@ -149,12 +178,15 @@ def _decoder_log_probs(port, quantity) -> Iterator[compare.Row]:
   )
 
 
-def _loss(port, quantity) -> Iterator[compare.Row]:
+def _loss(
+  port: port_lib.Port, quantity: registry.Quantity
+) -> Iterator[compare.Row]:
   """One number of the loss, with full context or under a static chunk.
 
   The reference has null for a part without weight, which it does not compute.
   """
   if quantity.value is None:
+    # So null must be where the weight is 0.
     share = port.train_config.ctc_weight
     weight = share if quantity.text('part') == 'loss_ctc' else 1 - share
     yield compare.equal(quantity.path, weight, 0.0)
@@ -177,12 +209,16 @@ def loss_part(
   A decoder without weight is not run by the reference: its loss is 0.
   """
   result, _ = run_objective(port, chunk, left, training=training)
+  # Names with a slash are arrays of single routers.
   metrics = {k: m for k, m in result.metrics.items() if '/' not in k}
+  # Metrics are a sum and a count, so that they can be added up.
   parts = {k: float(m.total / m.count) for k, m in metrics.items()}
   parts.setdefault('loss_l2r', 0.0)
   reverse = port.train_config.reverse_weight
+  # Ours runs it as soon as the model has it.
   if reverse == 0:
     parts['loss_r2l'] = 0.0
+  # The reference tells the weighted sum of both decoders as one number.
   parts['loss_att'] = (1 - reverse) * parts['loss_l2r'] + reverse * parts.get(
     'loss_r2l', 0.0
   )
@@ -195,7 +231,9 @@ def loss_part(
   return parts[part]
 
 
-def _variant(port, form, chunk, left, *, reverse) -> float:
+def _variant(
+  port: port_lib.Port, form: str, chunk: int, left: int, *, reverse: bool
+) -> float:
   """A decoder's loss by token instead of utterance, or without smoothing."""
   scores, batch = direction(port, reverse=reverse, chunk=chunk, left=left)
   config = port.train_config
@@ -206,6 +244,7 @@ def _variant(port, form, chunk, left, *, reverse) -> float:
     smoothing=0.0 if form == 'no_smoothing' else config.label_smoothing,
   ).sum()
   by_token = form == 'length_normalized' or config.length_normalized
+  # The mask has a place for eos, which counts as a token.
   return float(total / (batch.mask.sum() if by_token else len(batch.mask)))
 
 

@@ -11,14 +11,25 @@ import numpy as np
 from experiments.verification import compare
 from experiments.verification import port as port_lib
 from experiments.verification import registry
+from u2moe_jax.array_types import Array
+from u2moe_jax.array_types import Float
+from u2moe_jax.array_types import Int
+from u2moe_jax.array_types import PyTree
 from u2moe_jax.layers import positional
 from u2moe_jax.models import cache as cache_lib
 from u2moe_jax.models import encoder as encoder_lib
+from u2moe_jax.models import u2
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(
-  model, params, buffers, features, lengths, chunk_size, left_chunks
+  model: u2.U2MoeModel,
+  params: PyTree,
+  buffers: PyTree,
+  features: Float[Array, 'B T_in F'],
+  lengths: Int[Array, 'B'],
+  chunk_size: Int[Array, ''],
+  left_chunks: Int[Array, ''],
 ) -> encoder_lib.EncoderOutput:
   return model.apply(
     {'params': params},
@@ -42,6 +53,7 @@ def encode(
     features, lengths = arrays['feats'], arrays['feats_lengths']
     if row is not None:
       lengths = lengths[row : row + 1]
+      # Without padding, so what padding could leak in shows.
       features = features[row : row + 1, : int(lengths[0])]
     return _encode(
       port.model,
@@ -49,6 +61,7 @@ def encode(
       port.buffers,
       jnp.asarray(features),
       jnp.asarray(lengths, jnp.int32),
+      # As arrays: a chunk size more is no program more.
       jnp.asarray(chunk),
       jnp.asarray(left),
     )
@@ -56,7 +69,9 @@ def encode(
   return port.once(('encode', chunk, left, row), compute)
 
 
-def _output(port, quantity) -> Iterator[compare.Row]:
+def _output(
+  port: port_lib.Port, quantity: registry.Quantity
+) -> Iterator[compare.Row]:
   """Encoder output of the batch, or of one utterance by itself."""
   chunk, left = quantity.integer('chunk', -1), quantity.integer('left', -1)
   row = quantity.names.get('row')
@@ -70,11 +85,16 @@ def _output(port, quantity) -> Iterator[compare.Row]:
   )
 
 
-def _mask(port, quantity) -> Iterator[compare.Row]:
+def _mask(
+  port: port_lib.Port, quantity: registry.Quantity
+) -> Iterator[compare.Row]:
+  # Shape (B, 1, T) there: it is to be broadcast over queries.
   yield compare.equal(quantity.path, encode(port).mask[:, None], quantity.value)
 
 
-def _embedded(port, quantity) -> Iterator[compare.Row]:
+def _embedded(
+  port: port_lib.Port, quantity: registry.Quantity
+) -> Iterator[compare.Row]:
   output = encode(port)
   yield compare.close(
     quantity.path,
@@ -85,7 +105,9 @@ def _embedded(port, quantity) -> Iterator[compare.Row]:
   )
 
 
-def _positions(port, quantity) -> Iterator[compare.Row]:
+def _positions(
+  port: port_lib.Port, quantity: registry.Quantity
+) -> Iterator[compare.Row]:
   """What the reference hands to attention: a table, rotations, or zeros."""
   config = port.config.encoder
   steps = jnp.arange(quantity.value.shape[1])[None]
@@ -93,6 +115,8 @@ def _positions(port, quantity) -> Iterator[compare.Row]:
     turn = positional.rotation(
       steps, head_dim=config.model_dim // config.num_heads
     )
+    # Complex numbers there, as pairs, with an axis for the heads:
+    # [B, T, 1, K/2, 2].
     ours = jnp.stack([turn.cos, turn.sin], axis=-1)[:, :, None]
   elif config.position == 'no_pos':
     ours = jnp.zeros((*steps.shape, config.model_dim))
@@ -101,7 +125,9 @@ def _positions(port, quantity) -> Iterator[compare.Row]:
   yield compare.close(quantity.path, ours, quantity.value, compare.ENCODER)
 
 
-def _block(port, quantity) -> Iterator[compare.Row]:
+def _block(
+  port: port_lib.Port, quantity: registry.Quantity
+) -> Iterator[compare.Row]:
   output = encode(port)
   ours = output.block_outputs[quantity.integer('block', 0)]
   yield compare.close(
@@ -123,7 +149,14 @@ class _Streamed:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _encode_chunk(model, params, buffers, window, num_valid, cache):
+def _encode_chunk(
+  model: u2.U2MoeModel,
+  params: PyTree,
+  buffers: PyTree,
+  window: Float[Array, 'B T_in F'],
+  num_valid: Int[Array, 'B'],
+  cache: cache_lib.StreamingCache,
+):
   output, cache = model.apply(
     {'params': params}, window, num_valid, buffers, cache, method='encode_chunk'
   )
@@ -135,12 +168,14 @@ def _stream(port: port_lib.Port, chunk: int, left: int) -> _Streamed:
 
   def compute():
     windows = _windows(port, chunk)
+    # Unlimited left context still wants a static size: all chunks there are.
     capacity = chunk * (left if left >= 0 else len(windows))
     cache = cache_lib.init_cache(
       port.config.encoder, batch=len(port.lengths), capacity=capacity
     )
     frames, caches = [], []
     for step, window in enumerate(windows):
+      # 0 for a stream that has ended: its row idles.
       num_valid = np.clip(port.lengths - step * chunk, 0, chunk)
       piece, cache = _encode_chunk(
         port.model,
@@ -162,9 +197,11 @@ def _windows(port: port_lib.Port, chunk: int) -> list[np.ndarray]:
   arrays, geometry = port.case.arrays, port.geometry
   size, stride = geometry.window(chunk), chunk * geometry.rate
   num_chunks = -(-int(port.lengths.max()) // chunk)
+  # A copy, in which padding is zero: a stream hears nothing behind its end.
   features = np.array(arrays['feats'])
   for row, length in enumerate(arrays['feats_lengths']):
     features[row, length:] = 0.0
+  # The last window reaches beyond the features; all must be of one shape.
   missing = max((num_chunks - 1) * stride + size - features.shape[1], 0)
   features = np.pad(features, ((0, 0), (0, missing), (0, 0)))
   return [
@@ -173,14 +210,18 @@ def _windows(port: port_lib.Port, chunk: int) -> list[np.ndarray]:
   ]
 
 
-def _streamed(port, quantity) -> Iterator[compare.Row]:
+def _streamed(
+  port: port_lib.Port, quantity: registry.Quantity
+) -> Iterator[compare.Row]:
   chunk, left = quantity.integer('chunk', 0), quantity.integer('left', -1)
   row = quantity.integer('row', 0)
   ours = _stream(port, chunk, left).frames[row : row + 1, : port.lengths[row]]
   yield compare.close(quantity.path, ours, quantity.value, compare.ENCODER)
 
 
-def _cached(port, quantity) -> Iterator[compare.Row]:
+def _cached(
+  port: port_lib.Port, quantity: registry.Quantity
+) -> Iterator[compare.Row]:
   """Keys and values, convolution inputs, or output after one chunk."""
   left, step = quantity.integer('left', -1), quantity.integer('step', 0)
   row = quantity.integer('row', 0)
@@ -201,8 +242,9 @@ def _cached(port, quantity) -> Iterator[compare.Row]:
 def _keys_and_values(cache: cache_lib.StreamingCache, row: int) -> np.ndarray:
   """The filled part as (L, H, frames, 2 K)."""
   both = np.concatenate([cache.key[:, row], cache.value[:, row]], axis=-1)
+  # The newest frames stand last, so what is filled is the end.
   first = cache.capacity - int(cache.length[row])
-  return both[:, first:].swapaxes(1, 2)
+  return both[:, first:].swapaxes(1, 2)  # [L, H, P, 2 K]
 
 
 def _cache_chunk(port: port_lib.Port, left: int) -> int:
@@ -230,7 +272,9 @@ def _stream_chunks(port: port_lib.Port) -> list[int]:
   return sorted(sizes) or [0]
 
 
-def _steps(port, quantity) -> Iterator[compare.Row]:
+def _steps(
+  port: port_lib.Port, quantity: registry.Quantity
+) -> Iterator[compare.Row]:
   """Input frames [start, end) and output offset of every chunk."""
   row, geometry = quantity.integer('row', 0), port.geometry
   length = int(port.case.arrays['feats_lengths'][row])
@@ -246,19 +290,24 @@ def _steps(port, quantity) -> Iterator[compare.Row]:
       for offset in starts
     ]
     rows.append(compare.equal_lists(quantity.path, ours, quantity.value))
+  # The name does not tell the chunk size; the one that fits was meant.
   yield min(rows, key=lambda each: each.error)
 
 
-def _rate(port, quantity) -> Iterator[compare.Row]:
+def _rate(
+  port: port_lib.Port, quantity: registry.Quantity
+) -> Iterator[compare.Row]:
   yield compare.equal(quantity.path, port.geometry.rate, quantity.value)
 
 
-def _right_context(port, quantity) -> Iterator[compare.Row]:
+def _right_context(
+  port: port_lib.Port, quantity: registry.Quantity
+) -> Iterator[compare.Row]:
   ours = port.geometry.right_context
   yield compare.equal(quantity.path, ours, quantity.value)
 
 
-def _lengths(port, quantity) -> Iterator[compare.Row]:
+def _lengths(port, quantity: registry.Quantity) -> Iterator[compare.Row]:
   yield compare.equal_lists(quantity.path, port.lengths, quantity.value)
 
 

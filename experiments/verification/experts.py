@@ -41,7 +41,9 @@ def _layer(
   return scores.moe['ffn'], int(match[2]), np.asarray(direction.mask)
 
 
-def _router(port, quantity) -> Iterator[compare.Row]:
+def _router(
+  port: port_lib.Port, quantity: registry.Quantity
+) -> Iterator[compare.Row]:
   """One array of one router; tokens are flattened, utterances first."""
   stats, block, mask = _layer(port, quantity.text('layer'))
   part = quantity.text('part')
@@ -50,9 +52,10 @@ def _router(port, quantity) -> Iterator[compare.Row]:
     'topk_index': stats.expert_index,
     'topk_weight': stats.expert_weight,
   }[part]
-  ours = np.asarray(field)[block]
-  ours = ours.reshape(-1, ours.shape[-1])
-  mask = mask.reshape(-1)
+  # Stacked over the blocks: in the reference all of them have experts.
+  ours = np.asarray(field)[block]  # [B, T, E or J]
+  ours = ours.reshape(-1, ours.shape[-1])  # [B * T, E or J]
+  mask = mask.reshape(-1)  # [B * T]
   if part == 'topk_index':
     yield compare.equal(quantity.path, ours, quantity.value, mask=mask)
   else:
@@ -61,10 +64,12 @@ def _router(port, quantity) -> Iterator[compare.Row]:
     )
 
 
-def _counts(port, quantity) -> Iterator[compare.Row]:
+def _counts(
+  port: port_lib.Port, quantity: registry.Quantity
+) -> Iterator[compare.Row]:
   """Tokens (times top-k) that each expert got, padding left out."""
   stats, block, mask = _layer(port, quantity.text('layer'))
-  chosen = np.asarray(stats.expert_index)[block][mask]
+  chosen = np.asarray(stats.expert_index)[block][mask]  # [tokens, J]
   num_experts = stats.logits.shape[-1]
   ours = np.bincount(chosen.reshape(-1), minlength=num_experts)
   yield compare.equal(quantity.path, ours, np.asarray(quantity.value))

@@ -19,6 +19,7 @@ _LARGEST, _MEAN = 1e-2, 5e-5  # of log energies
 def _samples(port: port_lib.Port, name: str) -> tuple[np.ndarray, int]:
   """A recording of the case, and its rate."""
   path = port.case.folder / f'{name}.wav'
+  # At its own rate: a resampler would be compared as well.
   rate = soundfile.info(path).samplerate
   return audio.load_audio(path, sample_rate=rate), rate
 
@@ -35,17 +36,22 @@ def _features(port: port_lib.Port, name: str) -> np.ndarray:
   return port.once(('fbank', name), compute)
 
 
-def _fbank(port, quantity) -> Iterator[compare.Row]:
+def _fbank(
+  port: port_lib.Port, quantity: registry.Quantity
+) -> Iterator[compare.Row]:
   ours = _features(port, quantity.text('name'))
   yield compare.close(
     f'{quantity.path} largest', ours, quantity.value, _LARGEST
   )
+  # Else the row above has failed already, and there is nothing to subtract.
   if ours.shape == quantity.value.shape:
     mean = np.abs(ours - quantity.value).mean()
     yield compare.Row(f'{quantity.path} mean', float(mean), _MEAN)
 
 
-def _info(port, quantity) -> Iterator[compare.Row]:
+def _info(
+  port: port_lib.Port, quantity: registry.Quantity
+) -> Iterator[compare.Row]:
   """Counts are exact; ranges follow from the frames."""
   name, part = quantity.text('name'), quantity.text('part')
   if part == 'samples':
@@ -73,7 +79,9 @@ def _own_statistics(port: port_lib.Port) -> cmvn.CmvnStats:
   return port.once('cmvn', compute)
 
 
-def _sums(port, quantity) -> Iterator[compare.Row]:
+def _sums(
+  port: port_lib.Port, quantity: registry.Quantity
+) -> Iterator[compare.Row]:
   """Sums over all recordings, compared by frame."""
   ours = _own_statistics(port)
   part = quantity.text('part')
@@ -89,12 +97,15 @@ def _sums(port, quantity) -> Iterator[compare.Row]:
   )
 
 
-def _normalisation(port, quantity) -> Iterator[compare.Row]:
+def _normalisation(
+  port: port_lib.Port, quantity: registry.Quantity
+) -> Iterator[compare.Row]:
   """Mean and inverse standard deviation, as read from the file."""
   stats = cmvn.load(port.case.folder / 'global_cmvn.json')
   part = quantity.text('part')
   ours = getattr(stats, part)
   scale = float(np.abs(quantity.value).max())
+  # One unit in the last place of float32.
   yield compare.close(quantity.path, ours, quantity.value, scale * 2.0**-23)
 
 

@@ -27,6 +27,7 @@ def by_name(port: port_lib.Port, gradients: PyTree) -> Mapping[str, np.ndarray]:
     gradients,
     None,
     port.config,
+    # Only the reference's two-sided decoder has that level in its names.
     left_decoder=any('.left_decoder.' in name for name in weights),
   )
 
@@ -46,15 +47,20 @@ def total_norm(gradients: Mapping[str, np.ndarray]) -> float:
 
 def tolerance(norm: float, total: float) -> float:
   """Largest difference, from the norms the reference has."""
+  # Some gradients are zero but for rounding, the bias of a key for one:
+  # relative to themselves they never fit.
   return _RELATIVE * max(norm, _NOISE * total)
 
 
 def _expected_total(port: port_lib.Port) -> float:
+  # A case without it is judged by our own total.
   known = port.case.results.get('grad_norm_total')
   return total_norm(_full_context(port)) if known is None else known
 
 
-def _gradient(port, quantity) -> Iterator[compare.Row]:
+def _gradient(
+  port: port_lib.Port, quantity: registry.Quantity
+) -> Iterator[compare.Row]:
   name = quantity.text('name')
   limit = tolerance(
     float(np.linalg.norm(quantity.value)), _expected_total(port)
@@ -63,7 +69,9 @@ def _gradient(port, quantity) -> Iterator[compare.Row]:
   yield compare.close(quantity.path, ours, quantity.value, limit)
 
 
-def _norm(port, quantity) -> Iterator[compare.Row]:
+def _norm(
+  port: port_lib.Port, quantity: registry.Quantity
+) -> Iterator[compare.Row]:
   limit = tolerance(quantity.value, _expected_total(port))
   ours = np.linalg.norm(_named(port, quantity.text('name')))
   yield compare.close(quantity.path, ours, quantity.value, limit)
@@ -76,7 +84,9 @@ def _named(port: port_lib.Port, name: str) -> np.ndarray:
   return gradients[name]
 
 
-def _total(port, quantity) -> Iterator[compare.Row]:
+def _total(
+  port: port_lib.Port, quantity: registry.Quantity
+) -> Iterator[compare.Row]:
   ours = total_norm(_full_context(port))
   limit = tolerance(quantity.value, quantity.value)
   yield compare.close(quantity.path, ours, quantity.value, limit)

@@ -1,6 +1,7 @@
 """A case and our model for it."""
 
 from collections.abc import Callable
+from collections.abc import Collection
 from collections.abc import Hashable
 import functools
 from typing import Any
@@ -34,6 +35,7 @@ class Port:
 
   def once(self, key: Hashable, compute: Callable[[], _T]) -> _T:
     """Computes something the first time it is asked for."""
+    # Nearly all of the time is compilation, and many quantities share a pass.
     if key not in self._known:
       self._known[key] = compute()
     return self._known[key]
@@ -48,7 +50,7 @@ class Port:
     """The same, without decoders where the weights have none."""
     return self._config(names=self.case.weights)
 
-  def _config(self, *, names) -> config_lib.ModelConfig:
+  def _config(self, *, names: Collection[str] | None) -> config_lib.ModelConfig:
     """With the options that reproduce what the reference does differently."""
     settings = self.case.settings
     if 'wenet_config' not in settings:
@@ -80,6 +82,7 @@ class Port:
   def variables(self) -> tuple[PyTree, PyTree]:
     """Parameters and buffers."""
     mapped = wenet.model_variables(self.case.weights, self.config)
+    # Once: NumPy arrays would be copied to the device by every call.
     return jax.tree.map(jnp.asarray, mapped)
 
   @property
@@ -110,6 +113,7 @@ class Port:
       feature_lengths=jnp.asarray(arrays['feats_lengths'], jnp.int32),
       labels=jnp.asarray(arrays['target'], jnp.int32),
       label_lengths=jnp.asarray(arrays['target_lengths'], jnp.int32),
+      # No row is empty.
       weights=jnp.ones((count,), jnp.float32),
     )
 

@@ -66,6 +66,7 @@ def verify(subject: port.Port, rules: Sequence[Rule]) -> Iterator[compare.Row]:
   A quantity without a rule, and one whose check cannot be carried out, are
   failures.
   """
+  # An empty one would pass for a quantity that no rule knows.
   files = {name: tree for name, tree in subject.case.tree.items() if tree}
   for path, value, rule, match in _claims(files, rules, ''):
     if rule is None or match is None:
@@ -80,6 +81,7 @@ def _claims(
 ) -> Iterator[tuple[str, Any, Rule | None, re.Match | None]]:
   """The quantities of a tree, each with the first rule that claims it."""
   for key, value in tree.items():
+    # Before going down: a rule may claim a whole branch, such as a histogram.
     path = f'{prefix}{key}'
     for rule in rules:
       match = re.fullmatch(rule.pattern, path)
@@ -87,6 +89,8 @@ def _claims(
         yield path, value, rule, match
         break
     else:
+      # for-else: no rule has claimed it. A branch is looked into, a leaf is
+      # reported.
       if isinstance(value, Mapping) and value:
         yield from _claims(value, rules, f'{path}/')
       else:

@@ -66,6 +66,7 @@ class _Setting:
   @classmethod
   def of(cls, quantity: registry.Quantity) -> '_Setting':
     return cls(
+      # What a name does not say has the reference's default.
       chunk=quantity.integer('chunk', -1),
       left=quantity.integer('left', -1),
       beam=quantity.integer('beam', 10),
@@ -84,11 +85,14 @@ def _encoded(port: port_lib.Port, setting: _Setting) -> programs.Encoded:
       port, setting.chunk, setting.left, setting.blank_penalty
     ),
     mask=output.mask,
+    # Margins are not compared.
     margin=jnp.full((len(output.mask),), jnp.inf),
   )
 
 
 def _prefixes(port: port_lib.Port, setting: _Setting) -> hypotheses.Hypotheses:
+  # Weights that this search does not know are no part of the key: all settings
+  # that differ in these share it.
   key = dataclasses.replace(
     setting, ctc_weight=0.0, reverse_weight=0.0, length_penalty=0.0
   )
@@ -98,6 +102,7 @@ def _prefixes(port: port_lib.Port, setting: _Setting) -> hypotheses.Hypotheses:
       _encoded(port, setting),
       beam=setting.beam,
       blank_id=port.config.blank_id,
+      # Its token times now and then belong to a slightly worse alignment.
       alignment='reference',
     ),
   )
@@ -121,6 +126,7 @@ def _attention(port: port_lib.Port, setting: _Setting) -> Sequence[Record]:
     _encoded(port, setting),
     beam=setting.beam,
     length_penalty=setting.length_penalty,
+    # The reference may search as many steps as the padded batch has frames.
     reference_limits=True,
   )
   return [{'tokens': row['tokens']} for row in records(found)]
@@ -171,6 +177,7 @@ def _detail(port: port_lib.Port, setting: _Setting) -> Sequence[Record]:
   parts = {'l2r': found.l2r, 'r2l': found.r2l, 'ctc': found.ctc}
   result = []
   for b, row in enumerate(records(found.hypotheses)):
+    # Back from the order of the new scores to that of the first pass.
     order = [row['nbest'].index(tokens) for tokens in nbest[b]['nbest']]
     result.append({f'{k}_scores': part[b, order] for k, part in parts.items()})
   return result
@@ -188,7 +195,7 @@ def _record(found: hypotheses.Hypotheses, row: int) -> dict[str, Any]:
     field[row, n, : found.lengths[row, n]].tolist() for n in alive
   ]
   nbest, times = cut(found.tokens), cut(found.times)
-  scores = found.scores[row, alive].tolist()
+  scores = found.scores[row, alive].tolist()  # [n-best]
   return {
     'tokens': nbest[0] if nbest else [],
     'score': scores[0] if nbest else -np.inf,
@@ -208,7 +215,9 @@ _SEARCHES: dict[str, Callable[[port_lib.Port, _Setting], Sequence[Record]]] = {
 }
 
 
-def _search(port, quantity) -> Iterator[compare.Row]:
+def _search(
+  port: port_lib.Port, quantity: registry.Quantity
+) -> Iterator[compare.Row]:
   ours = _SEARCHES[quantity.text('mode')](port, _Setting.of(quantity))
   yield from compare_records(quantity.path, ours, quantity.value)
 
@@ -227,6 +236,7 @@ def compare_records(
       yield compare.failed(name, 'no check knows this field')
       continue
     actual = [each[field] for each in ours]
+    # None where one of their records lacks what another has; that differs.
     expected = [each.get(field) for each in theirs]
     if field in _TOLERANCES:
       limit = _TOLERANCES[field]

@@ -18,6 +18,7 @@ from experiments.verification import registry
 from experiments.verification import search
 from experiments.verification import units
 
+# The first rule that fits has the say, so what is no quantity comes first.
 _MODULES = (
   facts,
   model,

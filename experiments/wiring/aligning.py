@@ -26,7 +26,9 @@ def align(
 
   What cannot be aligned, for its sound or its text, has a `problem`.
   """
+  # Only to group like lengths: an unknown duration costs padding, no more.
   seconds = [each.duration or 0.0 for each in source.utterances]
+  # Groups come by length; this puts them back into the source's order.
   results: dict[int, aligner.Aligned] = {}
   with tqdm.tqdm(
     total=len(source), unit='utt', disable=None, leave=False
@@ -57,6 +59,7 @@ def _align_group(
     kept.append(index)
     features.append(recognizer.features(samples))
     labels.append(ids)
+  # `batch.indices` count in the three lists; `kept` leads to the source.
   for batch in recognizer.batches(features):
     found = aligner.align(recognizer, batch, [labels[i] for i in batch.indices])
     yield from zip([kept[i] for i in batch.indices], found, strict=True)

@@ -43,6 +43,7 @@ def average(
   if wrong:
     raise directory.CheckpointError(f'--steps: {wrong[0]!r} is no number')
   kept = {int(p.name): p for p in directory.step_folders(workdir)}
+  # The training may still be going on and own this folder.
   store = store_lib.Store(workdir, read_only=True)
   if steps:
     chosen = [int(step) for step in steps]
@@ -57,10 +58,12 @@ def average(
       f'{workdir}: no step {missing}; there are {sorted(kept)}'
     )
   found = [directory.find(kept[step]) for step in chosen]
+  # A generator: checkpoints are read one by one, and never all in memory.
   averaged = average_lib.average(
     dict(zip(('params', 'buffers'), directory.restore(each), strict=True))
     for each in found
   )
+  # Of one run, so model, features and tokens are those of all.
   first = found[0].description
   directory.write(
     out,

@@ -56,6 +56,7 @@ def profile(config: config_lib.Config, limit: int) -> Iterator[Size]:
   Raises:
     errors.OutOfMemoryError: if even the smallest batch does not fit.
   """
+  # They are what is sought; and of another number they would be refused.
   config = config_lib.replace(config, 'data.batch_sizes', ())
   preparing.check_trainable(config)
   mesh = mesh_lib.make_mesh(config.mesh)
@@ -81,6 +82,8 @@ def profile(config: config_lib.Config, limit: int) -> Iterator[Size]:
 
 def _longest_first(buckets: Sequence[plan.Bucket]) -> list[plan.Bucket]:
   """Of the buckets of the same frames the one with most tokens."""
+  # `data.batch_sizes` has one size for all buckets of the same frames, so the
+  # widest decides.
   groups = itertools.groupby(buckets, key=lambda bucket: bucket.max_frames)
   widest = [max(group, key=lambda b: b.max_tokens) for _, group in groups]
   return widest[::-1]
@@ -104,7 +107,7 @@ def _make_measure(
     dev_shapes=(),
   )
 
-  def measure(shape):
+  def measure(shape: programs_lib.Shape):
     needed = machinery.train.lower(shape)().memory_bytes
     if needed is None:
       raise errors.OutOfMemoryError(
@@ -139,6 +142,7 @@ def fit(
     errors.OutOfMemoryError: if not even `multiple` rows fit.
   """
   shape = buckets_lib.shape_of(bucket)
+  # A measurement is a compilation, so none is made twice.
   known: dict[int, int] = {}
 
   def needed(rows: int) -> int:
@@ -150,11 +154,14 @@ def fit(
     return max(1, int(min(rows, most)) // multiple) * multiple
 
   rows = shape.rows
+  # Two points of the line: its double, or its half where `most` forbids that.
   other = rounded(2 * rows) if rounded(2 * rows) > rows else rounded(rows / 2)
+  # Neither is another size. One step beyond is measured and never returned.
   if other == rows:
     other = rows + multiple
   slope = (needed(other) - needed(rows)) / (other - rows)
   fixed = needed(rows) - slope * rows
+  # Memory may not grow at all between two sizes; then only `most` counts.
   found = rounded((limit - fixed) / slope if slope > 0 else most)
   while needed(found) > limit:
     if found <= multiple:
@@ -164,5 +171,6 @@ def fit(
         f'{limit / memory.GIB:.2f} GiB there are; lower data.max_seconds, or '
         'set model.encoder.remat'
       )
+    # The line promised too much. At least one step down, so that this ends.
     found = rounded(min(found - multiple, 0.97 * found))
   return Size(bucket, needed(rows), found, needed(found))

@@ -133,12 +133,15 @@ def warm_up(
   threads = min(_MOST_THREADS, os.cpu_count() or 1)
   compiled = programs_lib.compile_all(machinery.planned, num_threads=threads)
   for program in compiled:
+    # What the compiler foretells is refused by name, before the device is
+    # asked.
     memory.require_fit(program, limit)
     say(f'  {program.name} {program.shape}: {_figures(program)}')
     rival = largest.get(program.name, program)
     if (program.memory_bytes or 0) >= (rival.memory_bytes or 0):
       largest[program.name] = program
     if should_stop():
+      # Closing the generator cancels the shapes that wait for a thread.
       compiled.close()
       return False
   seconds = _run(machinery, largest)
@@ -164,12 +167,14 @@ def _run(
 ) -> float:
   """Runs one program of each kind; returns the seconds."""
   target = machinery.target
+  # Born with its shardings: as a whole it may not fit any one device.
   make = jax.jit(
     lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), target),
     out_shardings=jax.tree.map(lambda x: x.sharding, target),
   )
   state = make()
   begun = time.monotonic()
+  # Before the train step, which is donated the state and leaves nothing of it.
   if machinery.evaluate is not None and 'dev' in largest:
     shape = largest['dev'].shape
     batch = machinery.evaluate.empty_batch(shape)
@@ -183,6 +188,7 @@ def _try(
   programs: programs_lib.Programs, shape: programs_lib.Shape, *arguments: Any
 ) -> None:
   try:
+    # Calls return before they have run; only waiting brings the error here.
     jax.block_until_ready(programs(*arguments))
   except jax.errors.JaxRuntimeError as error:
     raise memory.explain(error, programs.name, shape) from error
@@ -195,5 +201,6 @@ def shapes_of(
   shapes = dict.fromkeys(
     programs_lib.Shape.of(each['features'], each['labels']) for each in arrays
   )
+  # Rows are told of all hosts, since a program is compiled for all of them.
   hosts = jax.process_count()
   return [dataclasses.replace(each, rows=hosts * each.rows) for each in shapes]

@@ -29,6 +29,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
   """
   logging.get_absl_logger().addFilter(_is_worth_telling)
   sys.unraisablehook = _tell_unraisable
+  # absl's own parser tells a bad flag in several lines and exits with 1.
   app.run(lambda argv: guarded(main, argv), flags_parser=parse_flags)
 
 
@@ -74,6 +75,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     if 'config' in flags.FLAGS:
       _ = flags.FLAGS.config  # a file that cannot be loaded shows only here
     return rest
+  # What a ConfigDict raises for a key that it has not.
   except (KeyError, AttributeError) as error:
     sys.exit(_complain(_unknown_key(argv, error), BAD_INPUT))
   except (flags.Error, OSError, TypeError, ValueError, SyntaxError) as error:
@@ -98,6 +100,8 @@ def _unknown_key(argv: list[str], error: Exception) -> str:
 
 
 def _complain(error: object, code: int) -> int:
+  # Messages of libraries have line breaks; scripts that read ours want one
+  # line.
   line = ' '.join(str(error).split())
   print(f'error: {line}', file=sys.stderr, flush=True)
   return code

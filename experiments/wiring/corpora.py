@@ -1,5 +1,6 @@
 """From a config to an opened corpus: source, token table, CMVN statistics."""
 
+from collections.abc import Iterable
 import dataclasses
 import pathlib
 
@@ -33,6 +34,7 @@ def make_corpus(
     tokenizer,
     config.data,
     rate=geometry.rate,
+    # Fewer frames give no output of the subsampling, and so nothing to train.
     min_input=geometry.window(1),
     mixture=mixture,
   )
@@ -50,10 +52,12 @@ def first_tokenizer(
     return tokenizer_lib.load(data.tokens)
   if data.token_type == 'bytes':
     return tokenizer_lib.ByteTokenizer()
+  # Lazily: a prepared folder brings its table, and nobody reads them then.
   texts = (utterance.txt for utterance in mixture.source.utterances)
   if data.token_type == 'bpe':
     return _train_bpe(texts, data.num_tokens)
   beside = _beside(mixture, 'tokens')
+  # That table is of single characters.
   if beside is not None and not data.double_letters:
     return tokenizer_lib.load(beside)
   return tokenizer_lib.build_char_tokenizer(
@@ -61,7 +65,9 @@ def first_tokenizer(
   )
 
 
-def _train_bpe(texts, num_tokens: int) -> tokenizer_lib.Tokenizer:
+def _train_bpe(
+  texts: Iterable[str], num_tokens: int
+) -> tokenizer_lib.Tokenizer:
   try:
     return tokenizer_lib.train_bpe(texts, num_tokens, model_type='bpe')
   except ValueError as error:
@@ -88,6 +94,8 @@ def first_cmvn(
       )
     return stats
   beside = _beside(mixture, 'global_cmvn.json')
+  # Preparing takes the default features, and statistics of others are
+  # worthless.
   if beside is not None and _are_default(data.features):
     return cmvn_lib.load(beside)
   print(f'computing CMVN of {bins} mel bins', flush=True)
@@ -105,6 +113,7 @@ def _are_default(features: config_lib.FeatureConfig) -> bool:
 
 def _beside(mixture: mixing.Mixture, name: str) -> pathlib.Path | None:
   """A file that preparing left with the train split, if that is the source."""
+  # Of several sources each has its own, and none is that of all.
   if len(mixture.names) > 1:
     return None
   (spec, *more) = sources.parse(mixture.names[0])

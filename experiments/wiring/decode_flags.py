@@ -8,6 +8,7 @@ from absl import logging
 from u2moe_jax import config as config_lib
 
 if TYPE_CHECKING:
+  # For the annotation alone: importing it would make --help wait for JAX.
   from u2moe_jax.checkpoint import directory
 
 _DEFAULT = config_lib.DecodeConfig()

@@ -131,6 +131,8 @@ def decode(
     ::-1
   ]
   load = functools.partial(_load, recognizer, source)
+  # Reading and features are host work: one thread does them for the next group
+  # while the devices decode this one.
   with futures.ThreadPoolExecutor(max_workers=1) as ahead:
     coming = None
     for number, group in enumerate(groups):
@@ -146,14 +148,21 @@ def decode(
           yield [_decode_long(recognizer, source, item, item.samples)]
 
 
-def _load_all(load, indices) -> list[_Loaded]:
+def _load_all(
+  load: Callable[[int], _Loaded], indices: Sequence[int]
+) -> list[_Loaded]:
   return [load(index) for index in indices]
 
 
-def _decode_group(recognizer, source, loaded):
+def _decode_group(
+  recognizer: recognizer_lib.Recognizer, source: sources.Source, loaded
+):
   """Mostly one batch; more if the durations in the list are not true."""
   for batch in recognizer.batches([item.features for item in loaded]):
+    # Without compilation, so that the real-time factor does not hang on how
+    # many shapes a small corpus has.
     found, seconds = timing.warm(functools.partial(recognizer.search, batch))
+    # Evenly: nobody knows what each took, and only the sum is reported.
     share = seconds / len(batch.indices)
     yield [
       transcripts.Entry(
@@ -167,7 +176,12 @@ def _decode_group(recognizer, source, loaded):
     ]
 
 
-def _decode_long(recognizer, source, item, samples) -> transcripts.Entry:
+def _decode_long(
+  recognizer: recognizer_lib.Recognizer,
+  source: sources.Source,
+  item: _Loaded,
+  samples: np.ndarray,
+) -> transcripts.Entry:
   """A recording that is cut into segments; timed once, it takes long enough."""
   (transcript,), seconds = _timed(
     functools.partial(recognizer.transcribe_batch, [samples])
@@ -181,7 +195,9 @@ def _decode_long(recognizer, source, item, samples) -> transcripts.Entry:
   )
 
 
-def _load(recognizer, source, index) -> _Loaded:
+def _load(
+  recognizer: recognizer_lib.Recognizer, source: sources.Source, index: int
+) -> _Loaded:
   try:
     samples = source.load(index)
   except audio.AudioError as error:
@@ -193,12 +209,14 @@ def _load(recognizer, source, index) -> _Loaded:
   return _Loaded(index, features, sound=sound, work=seconds)
 
 
-def _failed(source, item: _Loaded) -> transcripts.Entry:
+def _failed(source: sources.Source, item: _Loaded) -> transcripts.Entry:
   key = source.utterances[item.index].key
   return transcripts.Entry(item.index, key, None, failed=item.failed)
 
 
-def _seconds(recognizer, samples) -> float:
+def _seconds(
+  recognizer: recognizer_lib.Recognizer, samples: np.ndarray
+) -> float:
   return len(samples) / recognizer.description.features.sample_rate
 
 
@@ -220,6 +238,7 @@ def decode_streaming(
       yield [transcripts.Entry(index, key, None, failed=reason)]
       continue
     is_long = _seconds(recognizer, samples) > recognizer.config.whole_seconds
+    # `warm` may call twice, which an hour of sound is not worth.
     time_it = _timed if is_long else timing.warm
     result, seconds = time_it(
       functools.partial(_stream, recognizer, samples, endpoints=is_long)
@@ -237,7 +256,9 @@ def decode_streaming(
     ]
 
 
-def _stream(recognizer, samples, *, endpoints: bool):
+def _stream(
+  recognizer: recognizer_lib.Recognizer, samples: np.ndarray, *, endpoints: bool
+):
   """Feeds one waveform piece by piece; times the calls that ran a chunk."""
   pool = sessions.Sessions(recognizer, slots=1, endpoints=endpoints)
   stream = pool.open()
@@ -248,11 +269,13 @@ def _stream(recognizer, samples, *, endpoints: bool):
     piece = samples[start : start + size]
     part, seconds = _timed(functools.partial(stream.accept, piece))
     segments += part.segments
+    # Most pieces only wait for a chunk to be full; they are no measurement.
     if part.num_chunks:
       chunk_ms.append(1000 * seconds / part.num_chunks)
   segments += stream.finish()
   if endpoints:
     return transcript_lib.join(segments), tuple(chunk_ms)
+  # Without endpoints the recording is one segment; too short a one is none.
   whole = segments[0].transcript if segments else transcript_lib.empty()
   return whole, tuple(chunk_ms)
 
@@ -281,6 +304,7 @@ def summarise(
     words=scoring.corpus_errors(pairs),
     characters=scoring.corpus_errors(pairs, unit='character'),
     utterances=len(done),
+    # All may have failed; then there is no sound to divide by.
     rtf=sum(each.work for each in done) / max(sound, 1e-9),
     failed=len(entries) - len(done),
     chunk_ms=tuple(ms for each in done for ms in each.chunk_ms),
@@ -330,12 +354,14 @@ def run(
   path = decode_streaming if streamed else decode
   with _progress(len(mine), len(done)) as progress:
     for entries in path(recognizer, source, left):
+      # At once, batch by batch: what is on disk need not be done again.
       if parts is not None and entries:
         parts.append(entries)
       done += entries
       progress.update(len(entries))
   entries = sorted(done, key=lambda entry: entry.index)
   if out is not None and parts is not None:
+    # None until the last shard is done; whoever finishes it writes for all.
     merged = parts.finish()
     if merged is not None:
       entries = merged
@@ -351,14 +377,18 @@ def _share(source: sources.Source, shard: job_shard.Shard) -> list[int]:
     return list(range(len(source)))
   key = lambda index: (source.utterances[index].duration or 0.0, index)
   by_length = sorted(range(len(source)), key=key)
+  # Dealt out like cards from the shortest to the longest.
   return sorted(by_length[shard.index :: shard.count])
 
 
-def _identity(recognizer, streamed: bool) -> dict[str, Any]:
+def _identity(
+  recognizer: recognizer_lib.Recognizer, streamed: bool
+) -> dict[str, Any]:
   settings = config_lib.to_dict(recognizer.config)
   for name in _FREE_SETTINGS:
     settings.pop(name)
   provenance = dict(recognizer.description.provenance)
+  # As text: it is only compared.
   return {**settings, 'streaming': streamed, 'model': str(provenance)}
 
 
@@ -374,7 +404,9 @@ def _tell_failed(entries: Sequence[transcripts.Entry]) -> None:
     logging.warning('left out: %s: %s', entry.key, entry.failed)
 
 
-def _decoded(source, entries: Sequence[transcripts.Entry]) -> list[Decoded]:
+def _decoded(
+  source: sources.Source, entries: Sequence[transcripts.Entry]
+) -> list[Decoded]:
   return [
     Decoded(
       source.utterances[each.index],

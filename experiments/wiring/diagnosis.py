@@ -11,6 +11,7 @@ import time
 import jax
 import jax.numpy as jnp
 
+# Names of distributions, as pip has them.
 _CORE = (
   'jax',
   'jaxlib',
@@ -99,11 +100,13 @@ def _matrix_product() -> str:
   size = 1024
   x = jnp.ones((size, size))
   multiply = jax.jit(lambda x: x @ x)
+  # Compiles; the calls that count come after it.
   multiply(x).block_until_ready()
   begun = time.perf_counter()
   for _ in range(5):
     multiply(x).block_until_ready()
   seconds = (time.perf_counter() - begun) / 5
+  # A multiply-add counts as two operations.
   return f'{2 * size**3 / seconds / 1e9:.0f} GFLOP/s, float32'
 
 
@@ -116,6 +119,7 @@ def _train_and_decode() -> str:
   from u2moe_jax import config as config_lib
   from u2moe_jax.decoding import recognizer
 
+  # Eight utterances of tones and four steps: every part is used, none is good.
   with tempfile.TemporaryDirectory() as folder:
     manifest = synthetic.write_corpus(folder, num_utterances=8, seed=0)
     config = config_lib.from_dict(

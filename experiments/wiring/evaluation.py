@@ -17,6 +17,7 @@ from u2moe_jax.decoding import recognizer as recognizer_lib
 from u2moe_jax.text import scoring
 
 CONTEXTS = {'full': -1, 'chunk16': 16, 'chunk8': 8}
+# What the cached path decodes too, to be compared with the masked pass.
 _STREAMED: tuple[config_lib.DecodingMode, str] = (
   'attention_rescoring',
   'chunk16',
@@ -25,6 +26,7 @@ _STREAMED: tuple[config_lib.DecodingMode, str] = (
 # do not help: the decoders alone prefer short texts, which wide beams find.
 _ATTENTION_BEAM = 5
 # dB; a band holds its lower edge.
+# The last one ends above 30, so that 30 dB itself lies in it.
 _SNR_BANDS = ((5.0, 10.0), (10.0, 20.0), (20.0, 30.1))
 # Below this, rounding may decide which expert or hypothesis is taken.
 NEAR_TIE = 1e-5
@@ -69,6 +71,7 @@ def evaluate(
       recognizer.with_config(config), source, workdir, context, streamed
     )
     results.append(entry)
+    # After each line: a run that is stopped loses one at most.
     _write_json(file, results)
   return results
 
@@ -82,7 +85,13 @@ def _plan() -> list[tuple[config_lib.DecodingMode, str, bool]]:
   return [*plan, (*_STREAMED, True)]
 
 
-def _evaluate_one(recognizer, source, workdir, context, streamed):
+def _evaluate_one(
+  recognizer: recognizer_lib.Recognizer,
+  source: sources.Source,
+  workdir: pathlib.Path,
+  context: str,
+  streamed: bool,
+):
   name = f'{recognizer.config.mode}-{context}'
   folder = workdir / 'transcripts'
   out = folder / f'{name}{"-streaming" if streamed else ""}.jsonl'
@@ -99,6 +108,7 @@ def _evaluate_one(recognizer, source, workdir, context, streamed):
     'wer_by_snr': wer_by_snr(decoded),
   }
   if streamed:
+    # `_plan` has the masked passes first, so this file is there.
     masked = folder / f'{name}.jsonl'
     entry['differs_from_masked'] = differences(decoded, masked)
   return entry

@@ -81,7 +81,9 @@ def from_flags(values: Mapping[str, object]) -> Hosts | None:
   )
 
 
-def _checked(address, count, index, names) -> Hosts:
+def _checked(
+  address: str, count: int, index: int, names: tuple[str, ...]
+) -> Hosts:
   host, _, port = address.rpartition(':')
   if not host or not port.isdigit():
     raise config_lib.ConfigError(
@@ -106,11 +108,17 @@ def from_environment(
   for read in (_jax, _slurm, _tpu):
     hosts = read(environment, tell)
     if hosts is not None:
+      # One process has nobody to wait for.
       return hosts if hosts.num_processes > 1 else None
   return None
 
 
-def _complete(environment, names, owner, tell) -> bool:
+def _complete(
+  environment: Mapping[str, str],
+  names: tuple[str, ...],
+  owner: str,
+  tell: Callable[[str], None],
+) -> bool:
   """Whether all variables are there; tells if only some are."""
   there = [name for name in names if environment.get(name)]
   if there and len(there) < len(names):
@@ -124,7 +132,12 @@ def _complete(environment, names, owner, tell) -> bool:
   return len(there) == len(names)
 
 
-def _numbers(environment, names, owner, tell) -> list[int] | None:
+def _numbers(
+  environment: Mapping[str, str],
+  names: tuple[str, ...],
+  owner: str,
+  tell: Callable[[str], None],
+) -> list[int] | None:
   """The variables as numbers; None, with a message, if one is none."""
   for name in names:
     if not environment[name].isdigit():
@@ -136,7 +149,9 @@ def _numbers(environment, names, owner, tell) -> list[int] | None:
   return [int(environment[name]) for name in names]
 
 
-def _jax(environment, tell) -> Hosts | None:
+def _jax(
+  environment: Mapping[str, str], tell: Callable[[str], None]
+) -> Hosts | None:
   names = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
   if not _complete(environment, names, 'JAX', tell):
     return None
@@ -147,9 +162,13 @@ def _jax(environment, tell) -> Hosts | None:
   return _checked(environment[names[0]], count, index, names)
 
 
-def _slurm(environment, tell) -> Hosts | None:
+def _slurm(
+  environment: Mapping[str, str], tell: Callable[[str], None]
+) -> Hosts | None:
   names = (
     'SLURM_JOB_ID',
+    # SLURM_JOB_NODELIST and its like are of the whole allocation, and not of
+    # what `srun` has started.
     'SLURM_STEP_NODELIST',
     'SLURM_STEP_NUM_TASKS',
     'SLURM_PROCID',
@@ -166,8 +185,10 @@ def _slurm(environment, tell) -> Hosts | None:
   except ValueError as error:
     tell(f'SLURM environment left alone: {error}')
     return None
+  # From the job's number, so that all processes find the same without talking.
   port = _FIRST_PORT + job % _NUM_PORTS
   tasks = environment.get('SLURM_STEP_TASKS_PER_NODE', '1')
+  # `1(x4)`: one task on each of four nodes.
   shares_node = not re.fullmatch(r'1(\(x\d+\))?', tasks)
   visible = environment.get('CUDA_VISIBLE_DEVICES', '')
   # With --gpus-per-task a process sees its own device alone.
@@ -187,13 +208,17 @@ def first_host(nodes: str) -> str:
   return match['name'] + (match['number'] or '')
 
 
-def _tpu(environment, tell) -> Hosts | None:
+def _tpu(
+  environment: Mapping[str, str], tell: Callable[[str], None]
+) -> Hosts | None:
   names = ('TPU_WORKER_HOSTNAMES', 'TPU_WORKER_ID')
   if not _complete(environment, names, 'TPU', tell):
     return None
   numbers = _numbers(environment, names[1:], 'TPU', tell)
   if numbers is None:
     return None
+  # The runtime of a TPU knows addresses and ranks itself; this only tells
+  # whether there are several hosts.
   count = len(environment[names[0]].split(','))
   return Hosts('', count, numbers[0])
 

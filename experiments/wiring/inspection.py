@@ -93,6 +93,8 @@ def open_data(config: config_lib.Config) -> Inspection:
   mixture = corpora.open_data(config, config.data.train)
   tokenizer = corpora.first_tokenizer(config.data, mixture)
   corpus = corpora.make_corpus(config, mixture, tokenizer)
+  # The seed of training, so these are its batches; on a mesh their sizes would
+  # be multiples of its parts.
   batches = pipeline.TrainBatches(corpus, seed=config.train.seed)
   return Inspection(corpus, tokenizer, batches, config)
 
@@ -128,6 +130,7 @@ def count(inspection: Inspection, *, epochs: int) -> list[Usage]:
       one.utterances += len(planned.indices)
       for index, speed in zip(planned.indices, planned.speeds, strict=True):
         item = items[index]
+        # Speed changes the length, so it is that of this draw.
         one.frames += plan.num_frames(item.seconds, speed, features)
         one.tokens += item.num_tokens
   return list(usage.values())
@@ -157,6 +160,7 @@ def _line(usage: Sequence[Usage]) -> dict[str, float | str]:
     return sum(values)
 
   utterances = total(one.utterances for one in usage)
+  # Of rows that hold an utterance; empty rows have a column of their own.
   frames = total(one.utterances * one.bucket.max_frames for one in usage)
   tokens = total(one.utterances * one.bucket.max_tokens for one in usage)
   rows = total(one.rows for one in usage)
@@ -200,6 +204,7 @@ def examples(inspection: Inspection, number: int) -> list[Example]:
   by_length = sorted(
     range(len(corpus.items)), key=lambda i: corpus.items[i].seconds
   )
+  # Without both ends, where the odd ones are.
   places = np.linspace(0, len(by_length) - 1, number + 2)[1:-1]
   chosen = dict.fromkeys(by_length[int(place)] for place in places)
   return [_example(inspection, index) for index in chosen]
@@ -208,6 +213,7 @@ def examples(inspection: Inspection, number: int) -> list[Example]:
 def _example(inspection: Inspection, index: int) -> Example:
   corpus, config = inspection.corpus, inspection.config
   number, row, speed = _find(inspection, index)
+  # The whole batch is made, just as training makes it.
   arrays = inspection.batches[number].arrays
   length = int(arrays['feature_lengths'][row])
   text = corpus.text(index)
@@ -218,8 +224,9 @@ def _example(inspection: Inspection, index: int) -> Example:
     text=text,
     tokens=tuple(tokenizer.tokens[i] for i in tokenizer.encode(text)),
     samples=samples,
+    # No generator, so no dither: the sound as it is.
     frames=fbank.fbank(samples, config.data.features),
-    augmented=arrays['features'][row, :length],
+    augmented=arrays['features'][row, :length],  # [t, F]
     speed=speed,
     batch=number,
   )
@@ -228,6 +235,7 @@ def _example(inspection: Inspection, index: int) -> Example:
 def _find(inspection: Inspection, index: int) -> tuple[int, int, float]:
   """The first batch with an utterance: its number, the row, the speed."""
   number = 0
+  # It ends: every utterance comes sooner or later.
   while True:
     _, planned = inspection.batches.locate(number)
     if index in planned.indices:

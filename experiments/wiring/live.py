@@ -33,6 +33,7 @@ def pieces_of_stdin(
   recognizer: recognizer_lib.Recognizer,
 ) -> Iterator[np.ndarray]:
   """16-bit little-endian mono PCM as it comes, until it ends or is stopped."""
+  # Two bytes a sample; the end of a pipe may cut the last one in half.
   while data := _read(2 * _size(recognizer)):
     yield np.frombuffer(data[: len(data) // 2 * 2], np.dtype('<i2'))
 
@@ -78,8 +79,11 @@ def listen(
       except ValueError as error:
         failed[name] = ' '.join(str(error).split())
         running.pop(name).leave()
+    # All have been fed, so one step takes a chunk of each that has one; again
+    # until none has, since a stream that ends may leave frames of two chunks.
     while pool.step():
       pass
+    # A copy: streams leave on the way.
     for name, session in list(running.items()):
       part = session.read()
       segments = part.segments

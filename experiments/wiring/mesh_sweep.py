@@ -84,6 +84,7 @@ class Sweep:
   def identity(self) -> dict[str, Any]:
     """What a row must share to be a row of this sweep."""
     config = config_lib.to_dict(self.resolved())
+    # The one thing in which the rows differ.
     del config['mesh']
     common = {
       field.name: getattr(self, field.name)
@@ -123,6 +124,7 @@ def every_shape(devices: int) -> list[config_lib.MeshConfig]:
     for sizes in itertools.product(divisors, repeat=4)
     if math.prod(sizes) == devices
   ]
+  # Data parallelism alone comes first, tensor last.
   return sorted(found, key=lambda m: (m.tensor, m.expert, m.fsdp))
 
 
@@ -143,6 +145,7 @@ def misfit(
   experts = max(model.encoder.moe.num_experts, model.decoder.moe.num_experts)
   if shape.expert > 1 and not experts:
     return f'mesh axis expert={shape.expert} splits nothing: no experts'
+  # A batch has a whole number of rows on each of the devices that share it.
   names = rules.mesh_axes(rules.STANDARD, axes.BATCH)
   parts = math.prod(sizes[name] for name in names)
   if sweep.batch % parts:
@@ -188,6 +191,8 @@ def run(
   boxed = abstract_boxes(sweep.resolved())
   reasons = {name_of(s): misfit(sweep, s, boxed) for s in chosen}
   left_out = {name: why for name, why in reasons.items() if why}
+  # A shape that was asked for by name is an error, one of `all` a line in the
+  # table.
   if left_out and not everything:
     name, why = next(iter(left_out.items()))
     raise mesh_lib.MeshError(f'mesh shape {name}: {why}')
@@ -197,6 +202,7 @@ def run(
       f'no mesh shape of {sweep.devices} devices fits; {name_of(chosen[0])}: '
       f'{reasons[name_of(chosen[0])]}'
     )
+  # A row a file: what is interrupted goes on with the shapes that have none.
   (out / 'shapes').mkdir(parents=True, exist_ok=True)
   _require_same_sweep(sweep, out)
   print(f'{len(names)} mesh shapes, {len(left_out)} do not fit', flush=True)
@@ -237,18 +243,28 @@ def _known_row(out: pathlib.Path, name: str) -> dict[str, Any] | None:
   return json.loads(file.read_text(encoding='utf-8'))
 
 
-def _row_of_child(name, out, arguments, platforms, timeout) -> dict[str, Any]:
+def _row_of_child(
+  name: str,
+  out: pathlib.Path,
+  arguments: Sequence[str],
+  platforms: str | None,
+  timeout: float,
+) -> dict[str, Any]:
   """Starts a child for a shape; its row, or one that holds its error."""
   environment = dict(os.environ)
+  # This process has set it to cpu for itself.
   environment.pop('JAX_PLATFORMS', None)
   if platforms is not None:
     environment['JAX_PLATFORMS'] = platforms
+  # A child adds its own count of devices behind this.
   flags = re.sub(
     r'\s*--xla_force_host_platform_device_count=\d+',
     '',
     environment.get('XLA_FLAGS', ''),
   )
   environment['XLA_FLAGS'] = flags
+  # A process each: how many devices are simulated is fixed when JAX starts, and
+  # one that runs out of memory takes no other with it.
   child = [sys.executable, '-m', 'experiments.sweep_mesh', *arguments]
   try:
     done = subprocess.run(
@@ -262,6 +278,8 @@ def _row_of_child(name, out, arguments, platforms, timeout) -> dict[str, Any]:
     error = f'exit code {done.returncode}: {_last_error(told)}'
   except subprocess.TimeoutExpired:
     error = f'not done after {timeout:g} s'
+  # The child writes its row at the very end, so without one it has failed,
+  # whatever its exit code.
   row = _known_row(out, name)
   if row is None:
     row = {'shape': name, 'error': error}
@@ -290,6 +308,7 @@ def look_at(sweep: Sweep, name: str, out: pathlib.Path) -> None:
   optimizer = optimizer_lib.optimizer_of(config)
   buffers = u2.init_buffers(config.model)
   shapes = _batch_shapes(sweep, config.model)
+  # Outside of `set_mesh`, so of the whole batch as one device would do it.
   kept = _activation_bytes(config, model, shapes)
   with jax.set_mesh(mesh):
     target = state_lib.abstract_state_on(mesh, model, optimizer, buffers)
@@ -306,6 +325,7 @@ def look_at(sweep: Sweep, name: str, out: pathlib.Path) -> None:
     )
     begun = time.monotonic()
     traced = step.trace(target, batch)
+    # Tracing and lowering are Python's time, compiling is XLA's; told apart.
     lowered = traced.lower()
     traced_at = time.monotonic()
     options = _SIMULATED if sweep.simulate else None
@@ -319,6 +339,7 @@ def look_at(sweep: Sweep, name: str, out: pathlib.Path) -> None:
       'executor': config.model.encoder.moe.executor
       if config.model.encoder.moe.num_experts
       else '',
+      # Only the axes that split the batch divide it; `tensor` does not.
       'activation_bytes': kept // placement.batch_parts(mesh, rules.STANDARD),
       **_bytes(target, program),
       **_operations(program, traced, sweep.devices),
@@ -344,13 +365,15 @@ def _per_device(tree: Any) -> int:
   )
 
 
-def _bytes(target, program) -> dict[str, int]:
+def _bytes(target: state_lib.TrainState, program: Any) -> dict[str, int]:
   stats = program.memory_analysis()
   return {
     'parameter_bytes': _per_device(target.params),
     'optimizer_bytes': _per_device(target.opt_state),
     'temporary_bytes': int(stats.temp_size_in_bytes),
     'argument_bytes': int(stats.argument_size_in_bytes),
+    # The donated state is argument and output in one: `alias` takes it out
+    # once.
     'total_bytes': int(
       stats.argument_size_in_bytes
       + stats.output_size_in_bytes
@@ -371,7 +394,11 @@ def _batch_shapes(
   }
 
 
-def _activation_bytes(config, model, arrays) -> int:
+def _activation_bytes(
+  config: config_lib.Config,
+  model: u2.U2MoeModel,
+  arrays: dict[str, jax.ShapeDtypeStruct],
+) -> int:
   """What the forward pass keeps for the backward pass, of the whole batch.
 
   To be called without a mesh. Parameters that are kept are no activations;
@@ -389,12 +416,14 @@ def _activation_bytes(config, model, arrays) -> int:
         dropout_key=jax.random.key(0),
       ).loss
 
+    # The backward function is a pytree; its leaves are what it keeps.
     return jax.vjp(loss, params)[1]
 
   params = nn.meta.unbox(abstract_boxes(config))
   kept = jax.eval_shape(
     backward_needs, params, u2.init_buffers(config.model), arrays
   )
+  # Parameters and inputs are there anyway, kept or not.
   known = {leaf.shape for leaf in jax.tree.leaves(params)}
   known |= {leaf.shape for leaf in jax.tree.leaves(arrays)}
   return sum(
@@ -404,11 +433,13 @@ def _activation_bytes(config, model, arrays) -> int:
   )
 
 
-def _operations(program, traced, devices: int) -> dict[str, Any]:
+def _operations(program: Any, traced: Any, devices: int) -> dict[str, Any]:
   cost = compiled_report.read(program.as_text())
   return {
     'flops': cost.flops,
     'model_flops': flops.count(traced.jaxpr),
+    # What all devices do, over the products in the program as it was traced,
+    # before anybody split it.
     'redundancy': round(cost.flops * devices / flops.count(traced.jaxpr), 3),
     'collective_bytes': cost.traffic.bytes,
     'collectives': {
@@ -419,10 +450,18 @@ def _operations(program, traced, devices: int) -> dict[str, Any]:
   }
 
 
-def _timed(sweep, program, state, batch, num_flops, devices) -> dict[str, Any]:
+def _timed(
+  sweep: Sweep,
+  program: Any,
+  state: state_lib.TrainState,
+  batch: objective.Batch,
+  num_flops: float,
+  devices: Sequence[jax.Device],
+) -> dict[str, Any]:
   """Step time, and what follows from it."""
 
   def once():
+    # The state is donated: each step must get what the last one returned.
     nonlocal state
     state, metrics = program(state, batch)
     return state, metrics

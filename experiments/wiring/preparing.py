@@ -103,6 +103,7 @@ def prepare(
   check_trainable(config)
   mixture = corpora.open_data(config, config.data.train)
   tokens = workdir / 'tokens'
+  # A run keeps its table, even if the transcripts have changed since.
   if tokens.is_dir():
     tokenizer = tokenizer_lib.load(tokens)
   else:
@@ -113,11 +114,13 @@ def prepare(
   if config.data.dev:
     opened = corpora.open_data(config, config.data.dev, split='dev')
     dev = corpora.make_corpus(config, opened, tokenizer)
+  # Only now: what the data decides is part of the experiment.
   _require_same_run(config, workdir)
   if config.train.trainable:
     params = directory.abstract_variables(config.model)['params']
     parameters.require_known(config.train.trainable, params)
   source = None
+  # `init_from` is where a run begins; one that continues has its own weights.
   if not (workdir / 'config.json').is_file():
     source = starting.find_source(config, tokenizer)
   processes.wait('checked')  # from here on the folder changes
@@ -159,11 +162,19 @@ def _require_writable(workdir: pathlib.Path) -> None:
     ) from error
 
 
-def _note_skips(config, workdir, train, dev, *, strict) -> skips_lib.SkipLog:
+def _note_skips(
+  config: config_lib.Config,
+  workdir: pathlib.Path,
+  train: pipeline.Corpus,
+  dev: pipeline.Corpus | None,
+  *,
+  strict: bool,
+) -> skips_lib.SkipLog:
   """Writes down what cannot be used, or stops because of it."""
   if processes.is_first() and not (workdir / 'config.json').is_file():
     # Of a run that never started; by now the data may have been corrected.
     (workdir / 'skipped.jsonl').unlink(missing_ok=True)
+  # Every process reads the file below; the old one must be gone by then.
   processes.wait('old skips')
   corpora_by_split = {'train': train, 'dev': dev}
   total = sum(
@@ -177,6 +188,7 @@ def _note_skips(config, workdir, train, dev, *, strict) -> skips_lib.SkipLog:
     max_share=config.data.max_skipped,
     strict=strict,
   )
+  # What an earlier sitting noted counts as well.
   skips.check()
   for split, corpus in corpora_by_split.items():
     if corpus is not None:
@@ -192,6 +204,7 @@ def _cmvn(
   if processes.is_first() and not file.is_file():
     cmvn_lib.save(file, corpora.first_cmvn(config.data, mixture))
   processes.wait('cmvn')
+  # From the file, by all: so every host has the same numbers.
   return cmvn_lib.load(file)
 
 
@@ -206,6 +219,7 @@ def _require_same_run(config: config_lib.Config, workdir: pathlib.Path) -> None:
   changed = [
     key
     for key in differences(old, config_lib.to_dict(config))
+    # By prefix: `decode` and `mesh` stand for all of their keys.
     if not key.startswith(_MAY_CHANGE)
   ]
   if changed:
@@ -215,7 +229,11 @@ def _require_same_run(config: config_lib.Config, workdir: pathlib.Path) -> None:
     )
 
 
-def _record(config, tokenizer, workdir: pathlib.Path) -> None:
+def _record(
+  config: config_lib.Config,
+  tokenizer: tokenizer_lib.Tokenizer,
+  workdir: pathlib.Path,
+) -> None:
   """Writes the token table, once, and config.json."""
   if not processes.is_first():
     return
@@ -224,6 +242,7 @@ def _record(config, tokenizer, workdir: pathlib.Path) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     tokenizer.save(unfinished)
     unfinished.rename(workdir / 'tokens')
+  # Last of all: where it is, the run counts as begun.
   write_json(workdir / 'config.json', config_lib.to_dict(config))
 
 

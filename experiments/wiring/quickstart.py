@@ -43,12 +43,14 @@ def run(
   prepare.prepare_builtin(
     corpus, seed=0, num_train=num_train, num_dev=num_test, num_test=num_test
   )
+  # A prepared folder stands for whichever split is asked for.
   data = dataclasses.replace(config.data, train=str(corpus), dev=str(corpus))
   say('training')
   done = training.train(dataclasses.replace(config, data=data), workdir)
   if not done:
     say('stopped; run again to continue')
     return command.INTERRUPTED
+  # Of a work directory, that is the average of its best checkpoints.
   recognizer = recognizer_lib.Recognizer.from_checkpoint(
     workdir, config=config.decode
   )
@@ -82,7 +84,7 @@ def _example(source: sources.Source):
   return utterance.key, source.load(index), utterance.txt
 
 
-def _tell_differences(results) -> None:
+def _tell_differences(results: list[dict[str, Any]]) -> None:
   for entry in results:
     if not entry['streaming']:
       continue

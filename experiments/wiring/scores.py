@@ -61,6 +61,8 @@ def read_texts(
     raise ScoreError(f'{path}: no such file')
   texts: dict[str, str] = {}
   numbers: dict[str, int] = {}
+  # In bytes: a line that is not UTF-8 can be named, and only \n ends one, where
+  # str.splitlines() also cuts at characters that a text may hold.
   for number, line in enumerate(path.read_bytes().split(b'\n'), start=1):
     if not line.strip():
       continue
@@ -78,16 +80,19 @@ def read_texts(
 
 def _parse(line: bytes, where: str, fields: Sequence[str]) -> tuple[str, str]:
   try:
+    # Editors put a byte order mark in front; it is none of the first key.
     text = line.decode('utf-8-sig').strip()
   except UnicodeDecodeError as error:
     raise ScoreError(f'{where}: not UTF-8 ({error.reason})') from None
   if not text.startswith('{'):
+    # A key alone is an utterance without words.
     key, *rest = text.split(maxsplit=1)
     return key, ' '.join(rest)
   try:
     record = json.loads(text)
   except ValueError as error:
     raise ScoreError(f'{where}: not JSON ({error})') from None
+  # In the order of the role: a line may have both.
   found = [record[name] for name in fields if name in record]
   if not isinstance(record.get('key'), str) or not found:
     raise ScoreError(f"{where}: needs 'key' and 'txt' or 'text'")
@@ -165,6 +170,7 @@ def summarise(
   """Rates over the whole corpus, in per cent, and the counts of the unit."""
   pairs = [each.pair for each in scored]
   counts = scoring.corpus_errors(pairs, unit=unit)
+  # For the sentence error rate: one wrong unit makes the utterance wrong.
   wrong = sum(any(a != b for a, b in each.rows) for each in scored)
   rates = {
     name: round(scoring.corpus_errors(pairs, unit=each).rate, 3)

@@ -48,6 +48,8 @@ def restore(
   if restored is None:
     return None
   processes.say(f'continuing at step {restored.step}')
+  # A checkpoint's `params` are the moving average, if there is one; what
+  # training goes on with lies in its optimizer state.
   params, opt_state = optimizer_lib.swap_average(
     restored.params, restored.opt_state
   )
@@ -107,6 +109,7 @@ class Source:
       of_tokens = parameters.matches(
         path.removeprefix('params/'), _OF_TOKENS
       ) and path.startswith('params/')
+      # Shapes too, since nothing is known of a table that was not saved.
       if of_tokens and (new_tokens or saved.get(path) != leaf.shape):
         self.fresh.append(path)
         continue
@@ -145,6 +148,8 @@ class Source:
     target = _abstract(self._found.description.model)
     replicated = placement.replicated(state.step.sharding.mesh)
     for path, leaf in target.items():
+      # Arrays that are not kept may have other shapes, which our shardings need
+      # not divide; they are read with the rest and dropped.
       sharding = ours[path].sharding if path in self.kept else replicated
       target[path] = jax.ShapeDtypeStruct(
         leaf.shape, leaf.dtype, sharding=sharding

@@ -8,6 +8,7 @@ from typing import TypeVar
 import jax
 
 _T = TypeVar('_T')
+# JAX reports it whenever the backend has made a program.
 _COMPILE_EVENT = '/jax/core/compile/backend_compile_duration'
 _compilations = 0
 
@@ -20,6 +21,7 @@ def _count(event: str, duration: float, **_: object) -> None:
 
 @functools.cache
 def _listen() -> None:
+  # Once a process, hence the cache: a second listener would count twice.
   jax.monitoring.register_event_duration_secs_listener(_count)
 
 
@@ -38,6 +40,7 @@ def warm(function: Callable[[], _T]) -> tuple[_T, float]:
   Returns:
     Its result, and the seconds of a call that compiled nothing.
   """
+  # As a rule twice at most: the second call finds all programs made.
   while True:
     before = num_compilations()
     begun = time.perf_counter()

@@ -1,12 +1,16 @@
 """From a config to a trained model directory."""
 
 import collections
+from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
 import contextlib
 import dataclasses
 import json
 import os
 import pathlib
+from typing import Any
 
 from absl import logging
 import jax
@@ -29,12 +33,14 @@ from u2moe_jax.models import u2
 from u2moe_jax.sharding import mesh as mesh_lib
 from u2moe_jax.sharding import placement
 from u2moe_jax.sharding import rules
+from u2moe_jax.text import tokenizer as tokenizer_lib
 from u2moe_jax.training import evaluate
 from u2moe_jax.training import flops
 from u2moe_jax.training import loop
 from u2moe_jax.training import objective
 from u2moe_jax.training import optimizer as optimizer_lib
 from u2moe_jax.training import parameters
+from u2moe_jax.training import programs as programs_lib
 from u2moe_jax.training import skips as skips_lib
 from u2moe_jax.training import state as state_lib
 from u2moe_jax.training import stopping
@@ -60,6 +66,7 @@ def train(
     `model/` holds the average of the best checkpoints so far, if there are any.
   """
   workdir = pathlib.Path(workdir).absolute()
+  # First: a mesh that does not fit the devices must not cost reading the data.
   mesh = mesh_lib.make_mesh(config.mesh)
   resources = preparing.prepare(config, workdir, strict=strict)
   config = resources.config
@@ -97,7 +104,9 @@ def train(
   return done
 
 
-def _is_done(resources, workdir: pathlib.Path, store: store_lib.Store) -> bool:
+def _is_done(
+  resources: preparing.Resources, workdir: pathlib.Path, store: store_lib.Store
+) -> bool:
   step = store.latest_step()
   if step is None or step < resources.config.train.num_steps:
     return False
@@ -122,7 +131,8 @@ def make_trainer(
   target = state_lib.abstract_state_on(mesh, model, optimizer, buffers)
   sharding = placement.batch_sharding(mesh, rules.STANDARD)
 
-  def place(arrays):
+  def place(arrays: Mapping[str, np.ndarray]):
+    # Of the arrays a process has its rows; placed, they are the whole batch.
     return objective.Batch(**placement.shard_batch(dict(arrays), sharding))
 
   batches = _make_batches(resources, workdir, mesh, store)
@@ -143,6 +153,7 @@ def make_trainer(
   state, counters = _first_state(
     resources, model, optimizer, buffers, target, store
   )
+  # None where no maker states one, as of CPUs; then no MFU is logged.
   peak = flops.peak(jax.devices()[0].device_kind)
   return loop.Trainer(
     config=config,
@@ -150,6 +161,8 @@ def make_trainer(
     state=state,
     train_step=machinery.train,
     place=place,
+    # `start`, the number of a batch, is all that a checkpoint keeps of the
+    # data.
     batches=lambda start: batches.iterate(
       start,
       num_workers=config.data.num_workers,
@@ -160,6 +173,7 @@ def make_trainer(
     skips=resources.skips,
     counters=counters,
     options=options or loop.Options(),
+    # Of the program that runs: shapes differ in their work.
     num_flops=lambda shape: machinery.train.program(shape).num_flops,
     peak_flops=peak * jax.device_count() if peak else None,
   )
@@ -174,6 +188,8 @@ def _make_batches(
   """The batches of the run: on any mesh those that it began with."""
   file = workdir / 'buckets.json'
   known = None
+  # Without a checkpoint nothing hangs on old buckets yet, and they are made
+  # anew.
   if store.latest_step() is not None and file.is_file():
     tree = json.loads(file.read_text(encoding='utf-8'))
     known = [plan.Bucket(**each) for each in tree]
@@ -186,6 +202,7 @@ def _make_batches(
     **_this_host(),
   )
   if known is None and processes.is_first():
+    # Those of the plan: the rows that a mesh adds are none of the run.
     tree = [dataclasses.asdict(each) for each in batches.planned_buckets]
     preparing.write_json(file, tree)
   if known not in (None, batches.buckets):
@@ -203,7 +220,9 @@ def _this_host() -> dict[str, int]:
   }
 
 
-def _dev_batches(resources, batches):
+def _dev_batches(
+  resources: preparing.Resources, batches: pipeline.TrainBatches
+):
   """Arrays and transcripts of every dev batch; kept, they are few.
 
   With several hosts the arrays are this host's rows, the transcripts all.
@@ -220,6 +239,7 @@ def _dev_batches(resources, batches):
   ):
     skipped += host.skipped
     dev.append((host.arrays, [resources.dev.text(i) for i in indices]))
+  # Each host has opened only its rows, and each must know of all.
   resources.skips.add(skips_lib.shared(skipped), split='dev')
   return dev
 
@@ -235,7 +255,12 @@ def make_buffers(config: config_lib.ModelConfig, cmvn: cmvn_lib.CmvnStats):
 
 
 def _first_state(
-  resources, model, optimizer, buffers, target, store
+  resources: preparing.Resources,
+  model: u2.U2MoeModel,
+  optimizer: Any,
+  buffers: PyTree,
+  target: state_lib.TrainState,
+  store: store_lib.Store,
 ) -> tuple[state_lib.TrainState, loop.Counters]:
   restored = starting.restore(store, target)
   if restored is not None:
@@ -247,20 +272,27 @@ def _first_state(
   )
   if resources.source is not None:
     processes.say(resources.source.describe())
+    # Under jit moments are born with their shardings.
     init = jax.jit(optimizer.init, out_shardings=shardings.opt_state)
     state = resources.source.apply(state, init)
   return state, loop.Counters()
 
 
-def _make_evaluate(resources, eval_step, dev, place):
+def _make_evaluate(
+  resources: preparing.Resources,
+  eval_step: programs_lib.Programs | None,
+  dev: Sequence[tuple[Mapping[str, np.ndarray], list[str]]],
+  place: Callable[[Mapping[str, np.ndarray]], objective.Batch],
+):
   if eval_step is None:
     return None
 
-  def run(params, buffers, should_stop):
+  def run(params: PyTree, buffers: PyTree, should_stop: Callable[[], bool]):
     return evaluate.evaluate(
       eval_step,
       params,
       buffers,
+      # Placed one by one: the devices hold a single dev batch.
       ((place(arrays), texts) for arrays, texts in dev),
       to_text=resources.tokenizer.decode,
       blank_id=resources.config.model.blank_id,
@@ -270,7 +302,7 @@ def _make_evaluate(resources, eval_step, dev, place):
   return run
 
 
-def _announce(resources, mesh) -> None:
+def _announce(resources: preparing.Resources, mesh: jax.sharding.Mesh) -> None:
   config = resources.config
   total, active = u2.count_params(config.model)
   shapes = dict(mesh.shape)
@@ -294,7 +326,9 @@ def _announce(resources, mesh) -> None:
       _tell_problems(corpus, resources.tokenizer)
 
 
-def _tell_problems(corpus, tokenizer) -> None:
+def _tell_problems(
+  corpus: pipeline.Corpus, tokenizer: tokenizer_lib.Tokenizer
+) -> None:
   """Says what is left out, and which characters the table has not."""
   if corpus.skipped:
     reasons = dict(collections.Counter(s.reason for s in corpus.skipped))
@@ -322,14 +356,22 @@ def _tell_problems(corpus, tokenizer) -> None:
     )
 
 
-def write_model(resources, workdir, store, state) -> None:
+def write_model(
+  resources: preparing.Resources,
+  workdir: pathlib.Path,
+  store: store_lib.Store,
+  state: state_lib.TrainState,
+) -> None:
   """Averages the best checkpoints into WORKDIR/model."""
   config = resources.config
+  # Saving goes on in the background.
   store.wait()
   steps = store.best_steps(config.train.average_best)
   target = store_lib.as_abstract(
     {'params': state.params, 'buffers': state.buffers}
   )
+  # `_readable` fills `steps` while `average` draws from it, so they are known
+  # only behind that line.
   steps, candidates = [], steps
   averaged = average.average(_readable(store, candidates, target, steps))
   directory.write(
@@ -348,7 +390,12 @@ def write_model(resources, workdir, store, state) -> None:
   processes.say(f'wrote {workdir / "model"} (average of steps {steps})')
 
 
-def _readable(store, candidates, target, steps) -> Iterator[PyTree]:
+def _readable(
+  store: store_lib.Store,
+  candidates: list[int],
+  target: PyTree,
+  steps: list[int],
+) -> Iterator[PyTree]:
   """Yields the parameters that can be read, and notes in `steps` whose."""
   for step in candidates:
     try:

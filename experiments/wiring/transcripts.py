@@ -110,10 +110,13 @@ class Parts:
     file = self.folder / 'config.json'
     mine = json.loads(json.dumps(identity))  # as it will read
     if not file.exists():
+      # A name for each shard, since several may begin at once. The last to
+      # rename wins, and all compare with what stands there.
       unfinished = file.with_name(f'config-{self._shard.stem}.unfinished')
       unfinished.write_text(json.dumps(mine, indent=1), encoding='utf-8')
       os.replace(unfinished, file)
     theirs = json.loads(file.read_text(encoding='utf-8'))
+    # Of both: another version may have written other keys.
     for key in [*mine, *theirs]:
       if mine.get(key) != theirs.get(key):
         raise TranscriptError(
@@ -126,6 +129,7 @@ class Parts:
     """What this shard has done; cuts off a line that was not finished."""
     if not self._file.exists():
       return []
+    # A process that was killed leaves its last line without an end.
     data = self._file.read_bytes()
     whole = data.rfind(b'\n') + 1
     if whole < len(data):
@@ -149,6 +153,8 @@ class Parts:
     Raises:
       TranscriptError: if an utterance is missing.
     """
+    # Before the look at the others: so of two that finish together at least one
+    # sees both.
     (self.folder / f'shard-{self._shard.stem}.done').touch()
     shards = [
       job_shard.Shard(i, self._shard.count) for i in range(self._shard.count)
@@ -164,6 +170,7 @@ class Parts:
       return None
     found: dict[int, Entry] = {}
     for shard in shards:
+      # A shard without utterances has no file.
       file = self._merging / f'shard-{shard.stem}.jsonl'
       found |= {e.index: e for e in (_entries(file) if file.exists() else [])}
     missing = self._total - len(found)
@@ -230,6 +237,7 @@ def to_record(
       }
       for span in transcript.segments
     ]
+  # A list of one is the text itself; `from_record` makes it again.
   if len(transcript.nbest) > 1:
     record['nbest'] = [
       {'text': a.text, 'tokens': list(a.tokens), 'score': _number(a.score)}

@@ -88,11 +88,13 @@ def upcycle(
     ValueError: for whatever cannot be done; says why.
   """
   out = pathlib.Path(out).absolute()
+  # What can be refused is refused before anything is computed.
   _require_free(out)
   found = directory.find(checkpoint)
   print(f'checkpoint: {found.choice}')
   source = found.description.model
   if request is None:
+    # Not exact: the mean of experts that have trained is another model.
     change, target, exact = (
       upcycling.Change(),
       upcycling.dense_config(source),
@@ -104,14 +106,17 @@ def upcycle(
   devices = None if mesh is None else mesh_lib.make_mesh(parse_mesh(mesh))
   abstract = _abstract(target, devices)
   _require_memory(abstract)
+  # Reads an array when it is asked for; nothing yet.
   reader = single.Reader(found.params)
   adam = None if optimizer == 'fresh' else _Adam(found, source)
+  # Here, so that nothing is computed for a folder that lacks an array.
   contents.require_fit(found.params, directory.abstract_variables(source))
   # Both are placed by the same rules; the receipt needs no other.
   probe, before = _ask_first(found, devices, manifest, num_utterances)
   variables = upcycling.build(reader, source, target, abstract, change)
   after = receipt_lib.ask(target, **variables, probe=probe)
   receipt = receipt_lib.compare(before, after)
+  # What is meant to differ has a receipt too, and no bound.
   passed = receipt.is_within_bounds or not exact
   record = _record(source, target, request, receipt, exact)
   record['optimizer'] = optimizer
@@ -138,6 +143,7 @@ class _Adam:
   def __init__(self, found: directory.Found, source: config_lib.ModelConfig):
     """Refuses what has none, or not of all parameters."""
     item = found.params.parent / 'optimizer'
+    # Moments belong to a step; an average of steps has none.
     if not item.is_dir():
       raise upcycling.UpcyclingError(
         f'{found.params.parent} has no optimizer state to spread; give a step '
@@ -163,10 +169,12 @@ class _Adam:
 
     def make(name: str) -> PyTree:
       def read(path: str) -> np.ndarray:
+        # `build` asks as for variables; moments lie below a root of their own.
         own = path.removeprefix('params/')
         return self._read(f'{self._root}/{name}/{own}')
 
       tree = {'params': params}
+      # Moments grow as parameters do: each expert gets those of its origin.
       made = upcycling.build(read, source, target, tree, routers='zero')
       return made['params']
 
@@ -206,6 +214,7 @@ def _abstract(
   """Shapes of the variables, placed as training places them."""
   if mesh is None:
     return directory.abstract_variables(model)
+  # Buffers are small: every device has them.
   tree = directory.abstract_variables(model, placement.replicated(mesh))
   boxed = jax.eval_shape(
     lambda key: u2.init_params(u2.U2MoeModel(model), key), jax.random.key(0)
@@ -230,6 +239,7 @@ def _require_memory(abstract: PyTree) -> None:
   """Refuses what this machine could not hold, before it tries."""
   if jax.default_backend() != 'cpu':
     return  # accelerators say so themselves, and say how much they have
+  # Against all memory there is, not what is free: this only stops the hopeless.
   needed = _bytes(abstract)
   there = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
   if needed > there:
@@ -260,10 +270,17 @@ def _ask_first(
   return probe, receipt_lib.ask(model, params, buffers, probe)
 
 
-def _record(source, target, request, receipt, exact) -> dict[str, Any]:
+def _record(
+  source: config_lib.ModelConfig,
+  target: config_lib.ModelConfig,
+  request: Request | None,
+  receipt: receipt_lib.Receipt,
+  exact: bool,
+) -> dict[str, Any]:
   """The receipt as plain values."""
   sizes: dict[str, Any] = {}
   for when, model in (('before', source), ('after', target)):
+    # Active: with the experts that a single frame visits.
     total, active = u2.count_params(model)
     sizes[f'parameters_{when}'] = total
     sizes[f'active_parameters_{when}'] = active
@@ -279,7 +296,14 @@ def _record(source, target, request, receipt, exact) -> dict[str, Any]:
   }
 
 
-def _print(record: Mapping[str, Any], receipt, probe, source, target, exact):
+def _print(
+  record: Mapping[str, Any],
+  receipt: receipt_lib.Receipt,
+  probe: receipt_lib.Probe,
+  source: config_lib.ModelConfig,
+  target: config_lib.ModelConfig,
+  exact: bool,
+):
   """The receipt for people."""
   print('feed-forward layers with experts:')
   for model, when in ((source, 'before'), (target, 'after')):

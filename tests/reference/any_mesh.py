@@ -75,6 +75,7 @@ def config(kind: str) -> config_lib.Config:
 
 def batch() -> objective.Batch:
   """Eight rows of different lengths; the last one is empty."""
+  # Eight rows, which every split of eight devices divides.
   return tiny.batch(
     (47, 39, 31, 23, 45, 33, 29, 0), (4, 3, 2, 1, 4, 3, 2, 0), seed=1
   )
@@ -85,6 +86,7 @@ def _record() -> optax.GradientTransformation:
 
   def update(gradients, state, params=None):
     del state, params
+    # (updates, new state): passed on, and kept.
     return gradients, gradients
 
   init = lambda params: jax.tree.map(jnp.zeros_like, params)
@@ -169,6 +171,7 @@ class Machine:
     self._first = state_lib.TrainState(
       step=np.zeros((), np.int32),
       params=params,
+      # Shapes alone: all of it begins with zeros, which `state` makes in place.
       opt_state=jax.eval_shape(optimizer.init, params),
       buffers=buffers,
     )
@@ -230,10 +233,12 @@ def differences(found: Trace, expected: Trace) -> list[str]:
   total = np.sqrt(sum(norm**2 for norm in norms.values()))
   for path, norm in norms.items():
     error = np.linalg.norm(found.gradients[path] - expected.gradients[path])
+    # `not <=` instead of `>`, so that a NaN is a problem.
     if not error <= 1e-4 * max(norm, 1e-5 * total):
       problems.append(f'gradient of {path}: off by {error:.2g} of {norm:.2g}')
   for path, value in expected.parameters.items():
     error = np.abs(found.parameters[path] - value).max()
+    # Three steps of Adam at 1e-3 move a parameter by about 3e-3.
     if not error <= 2e-4:
       problems.append(f'parameter {path}: off by {error:.2g}')
   # What hangs on the mesh is left out: the load of a device.
@@ -259,7 +264,7 @@ def load(path: str) -> Trace:
   """Reads it."""
   with np.load(path) as arrays:
 
-    def part(field):
+    def part(field: str):
       prefix = f'{field}/'
       return {
         name.removeprefix(prefix): arrays[name]
@@ -286,6 +291,7 @@ def _main(address: str, count: str, index: str, devices: str, out: str) -> None:
       coordinator=address, num_processes=int(count), process_id=int(index)
     )
   )
+  # Each process has its rows alone, as in a training on several hosts.
   own = len(batch().weights) // int(count)
   rows = slice(own * int(index), own * (int(index) + 1))
   trace = run(

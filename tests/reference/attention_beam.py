@@ -22,6 +22,7 @@ def search(log_probs, *, beam, eos_id, max_length, length_penalty=0.0):
     candidates = []
     for tokens, score in live:
       if tokens and tokens[-1] == eos_id:
+        # What has ended competes with its score as it is.
         candidates.append((tokens, score))
         continue
       frame = log_probs(tokens)
@@ -32,11 +33,12 @@ def search(log_probs, *, beam, eos_id, max_length, length_penalty=0.0):
   return _rank(live, eos_id, length_penalty)
 
 
-def exhaustive(log_probs, *, vocabulary, eos_id, max_length):
+def exhaustive(log_probs, *, vocabulary: int, eos_id: int, max_length: int):
   """Returns the best (tokens, score) of all sequences there are."""
   best = ((), -np.inf)
   for length in range(1, max_length + 1):
     for tokens in itertools.product(range(vocabulary), repeat=length):
+      # Nothing comes behind eos, and only what ran out of room lacks it.
       if eos_id in tokens[:-1]:
         continue
       if tokens[-1] != eos_id and length < max_length:
@@ -46,12 +48,13 @@ def exhaustive(log_probs, *, vocabulary, eos_id, max_length):
   return _rank([best], eos_id, 0.0)[0]
 
 
-def _rank(live, eos_id, length_penalty):
+def _rank(live, eos_id: int, length_penalty: float):
   """Drops the eos and sorts by penalised score."""
   results = []
   for tokens, score in live:
     kept = [token for token in tokens if token != eos_id]
     if length_penalty and not kept:
+      # No token, nothing to divide by: it comes last.
       score = -np.inf
     elif length_penalty:
       score /= len(kept) ** length_penalty

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 
 
-def collapse(path, *, blank_id):
+def collapse(path, *, blank_id: int):
   """Tokens of a frame-wise path, and first and last frame of their runs."""
   tokens, first, last = [], [], []
   for token, run in itertools.groupby(enumerate(path), key=lambda e: e[1]):
@@ -17,14 +17,16 @@ def collapse(path, *, blank_id):
   return tokens, first, last
 
 
-def prefixes(log_probs, *, blank_id):
+def prefixes(log_probs: np.ndarray, *, blank_id: int):
   """Maps each prefix to (log-prob, last frames of its best path's runs)."""
   num_frames, vocabulary = log_probs.shape
   sums, best = {}, {}
+  # V ** T of them: for a handful of frames and tokens.
   for path in itertools.product(range(vocabulary), repeat=num_frames):
     score = sum(log_probs[t, u] for t, u in enumerate(path))
     tokens, _, last = collapse(path, blank_id=blank_id)
     key = tuple(tokens)
+    # CTC sums over all paths that read the same (Graves et al., 2006).
     sums[key] = np.logaddexp(sums.get(key, -np.inf), score)
     if score > best.get(key, (-np.inf, None))[0]:
       best[key] = (score, last)

@@ -36,6 +36,7 @@ def load(name: str) -> Case:
     arrays = {key: _widen(file[key]) for key in file.files}
   meta = json.loads(arrays.pop('meta').tobytes())
   planes = arrays.pop('weights_half')  # low bytes, high bytes
+  # Back to pairs of bytes, each of them a float16.
   half = np.ascontiguousarray(planes.T).view(np.float16)[:, 0]
   weights = _split(half, meta['half'])
   weights |= _split(arrays.pop('weights_single'), meta['single'])

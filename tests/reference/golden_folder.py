@@ -12,13 +12,14 @@ _TESTDATA = pathlib.Path(__file__).parents[1] / 'testdata'
 _STATISTICS = {'bn_after_mean': 'running_mean', 'bn_after_var': 'running_var'}
 
 
-def write_model(folder, name):
+def write_model(folder, name: str):
   """A case with weights: encoder, and what else is stored of it."""
   case = golden.load(name)
   arrays = dict(case.arrays)
   for stacked, field in _STATISTICS.items():
     for block, values in enumerate(arrays.pop(stacked, ())):
       layer = f'encoder.encoders.{block}.conv_module.norm'
+      # In testdata stacked over the blocks; the folder has an entry for each.
       arrays[f'bn_after.{layer}.{field}'] = values
   if len(arrays['feats']) == 1:  # stored with its second utterance only
     arrays = {k.replace('_utt1', '_utt0'): a for k, a in arrays.items()}
@@ -52,6 +53,7 @@ def write_search(folder, *, beams):
   results = plain | json.loads(context)
   unwanted = {1, 3, 10} - set(beams)
   for key in list(results):
+    # A dot behind, or beam1 would also be beam10.
     if any(f'.beam{beam}.' in f'{key}.' for beam in unwanted):
       del results[key]
   return write(folder, arrays, results)

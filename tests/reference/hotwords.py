@@ -15,6 +15,7 @@ def bonus(tokens, phrases):
     for end in range(1, len(tokens) + 1)
     if tokens[:end][-len(phrase) :] == phrase
   )
+  # What is under way is the longest end that begins a phrase, whole ones too.
   begun = [
     phrase[:size]
     for phrase in phrases

@@ -16,6 +16,7 @@ _SETTINGS = {
 @contextlib.contextmanager
 def use(folder: str | os.PathLike[str]) -> Iterator[None]:
   """Keeps compiled programs in a folder; afterwards all is as it was."""
+  # Other tests must not find programs that this one has left.
   before = {name: getattr(jax.config, name) for name in _SETTINGS}
   try:
     _set({**_SETTINGS, 'jax_compilation_cache_dir': str(folder)})

@@ -55,6 +55,7 @@ def write(folder):
     ('topk_index', stats.expert_index),
     ('topk_weight', stats.expert_weight),
   ):
+    # Of block 1: utterances behind each other, as the reference flattens them.
     flat = np.asarray(field[1]).reshape(-1, field.shape[-1])
     arrays[f'router_{name}.{layer}'] = flat
   chosen = np.asarray(stats.expert_index[1])[np.asarray(full.mask)]
@@ -86,6 +87,7 @@ def _stream(encode_chunk, model_config, batch, buffers):
   for step, offset in enumerate(range(0, total, CHUNK)):
     start, count = offset * geometry.rate, min(CHUNK, total - offset)
     window = np.zeros((1, geometry.window(CHUNK), tiny.BINS), np.float32)
+    # The last window is cut off by the end of the utterance; zeros behind it.
     piece = batch.features[:1, start : min(start + window.shape[1], length)]
     window[:, : piece.shape[1]] = piece
     steps.append([start, start + piece.shape[1], offset])
@@ -93,10 +95,11 @@ def _stream(encode_chunk, model_config, batch, buffers):
       jnp.asarray(window), jnp.array([count]), buffers, cache
     )
     pieces.append(output.frames[:, :count])
+    # By then the cache is full, as CHUNK * LEFT is one chunk.
     if step == 1:
       name = f'cache_left{LEFT}_step{step}'
       pair = jnp.concatenate([cache.key[:, 0], cache.value[:, 0]], axis=-1)
-      arrays[f'{name}_att'] = pair.swapaxes(1, 2)
+      arrays[f'{name}_att'] = pair.swapaxes(1, 2)  # [L, H, P, 2 K]
       arrays[f'{name}_cnn'] = cache.convolution.swapaxes(2, 3)
       arrays[f'{name}_y'] = pieces[-1]
   arrays[f'stream_chunk{CHUNK}_left{LEFT}_utt0'] = np.concatenate(pieces, 1)

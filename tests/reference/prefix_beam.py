@@ -56,10 +56,12 @@ def search(
   """
   bonus = bonus or (lambda prefix: 0.0)
   log_probs = np.asarray(log_probs, np.float64)
+  # Before the first frame: the empty prefix, with certainty.
   entries = {(): _Entry(blank=0.0, best_blank=0.0, best_token=0.0)}
   margin = np.inf
   for time, frame in enumerate(log_probs):
     rules = _Rules(blank_id, alignment, () if merge else entries)
+    # Stable, so that ties fall as in `lax.top_k`: the smaller id first.
     order = np.argsort(-frame, kind='stable')[:beam]
     new = {}
     for token in (int(u) for u in order):
@@ -69,6 +71,7 @@ def search(
     worth = lambda item: item[1].total + bonus(item[0])
     ranked = sorted(found, key=worth, reverse=True)
     if len(ranked) > beam:
+      # What was dropped by less than rounding, another machine may keep.
       margin = min(margin, worth(ranked[beam - 1]) - worth(ranked[beam]))
     entries = dict(ranked[:beam])
   results = [(list(p), e.total, list(e.best[1])) for p, e in entries.items()]
@@ -81,6 +84,7 @@ def _visit(new, prefix, old, token, value, time, rules):
   """Adds what one prefix and one token give."""
   if token == rules.blank_id:
     entry = new.setdefault(prefix, _Entry())
+    # A blank keeps the prefix, however it ended before.
     entry.blank = np.logaddexp(entry.blank, old.total + value)
     entry.best_blank = old.best[0] + value
     entry.times_blank = old.best[1]
@@ -88,6 +92,7 @@ def _visit(new, prefix, old, token, value, time, rules):
   repeats = bool(prefix) and prefix[-1] == token
   if repeats:
     entry = new.setdefault(prefix, _Entry())
+    # The same token again without a blank between is the same run.
     entry.token = np.logaddexp(entry.token, old.token + value)
     if old.best_token + value > entry.best_token:
       entry.best_token = old.best_token + value
@@ -97,6 +102,7 @@ def _visit(new, prefix, old, token, value, time, rules):
   longer = (*prefix, token)
   if longer in rules.banned:
     return
+  # A second equal token needs a blank before it; any other does not.
   source = old.blank if repeats else old.total
   best, times = (old.best_blank, old.times_blank) if repeats else old.best
   entry = new.setdefault(longer, _Entry())

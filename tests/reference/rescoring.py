@@ -19,6 +19,7 @@ def rescore(nbest, scores, l2r, r2l, *, eos_id, ctc_weight, reverse_weight):
   for index, tokens in enumerate(nbest):
     size = len(tokens)
     forward = [l2r[index, j, u] for j, u in enumerate(tokens)]
+    # This decoder was fed from the end: token j is its (size - 1 - j)-th.
     backward = [r2l[index, size - 1 - j, u] for j, u in enumerate(tokens)]
     sums = [
       sum(forward) + l2r[index, size, eos_id],
@@ -31,6 +32,7 @@ def rescore(nbest, scores, l2r, r2l, *, eos_id, ctc_weight, reverse_weight):
     results.append({
       'tokens': list(tokens),
       'score': attention + ctc_weight * scores[index],
+      # The mean over tokens and eos.
       'confidence': np.exp(attention / (size + 1)),
       'token_confidence': confidences,
       'l2r': sums[0],

@@ -65,6 +65,7 @@ def init(config: config_lib.ModelConfig, seed: int = 0):
   rng = np.random.default_rng(seed)
 
   def draw(path, leaf):
+    # Scales of norms lie around 1, as they begin.
     center = 1.0 if 'scale' in jax.tree_util.keystr(path[-1:]) else 0.0
     spread = 0.1 if leaf.ndim < 3 else 0.4
     values = center + spread * rng.normal(size=leaf.shape)
@@ -86,7 +87,9 @@ def batch(
   rng = np.random.default_rng(seed)
   lengths, counts = np.array(lengths, np.int32), np.array(label_lengths)
   features = rng.normal(size=(len(lengths), max(lengths), BINS))
+  # Neither the blank, 0, nor sos and eos, the last id.
   labels = rng.integers(1, VOCAB - 1, size=(len(lengths), max(counts)))
+  # Padding as the pipeline leaves it: frames of zeros, labels of -1.
   features[np.arange(max(lengths)) >= lengths[:, None]] = 0.0
   labels[np.arange(max(counts)) >= counts[:, None]] = -1
   return objective.Batch(

@@ -68,9 +68,11 @@ def sounds(lengths, seed=0):
 def _random(path, leaf):
   """Weights without compiling an initialiser; large, for peaky posteriors."""
   names = jax.tree_util.keystr(path)
+  # By name: a parameter more leaves the others as they are.
   rng = np.random.default_rng(zlib.crc32(names.encode()))
   values = rng.normal(size=leaf.shape) * (1.5 if 'kernel' in names else 0.3)
   fan_in = leaf.shape[-2] if leaf.ndim > 1 and 'kernel' in names else 1
+  # Normalised by the inputs, and scales around 1.
   values = values / fan_in**0.5 + ('scale' in names)
   return jnp.asarray(values, leaf.dtype)
 
