@@ -37,6 +37,7 @@ from jaxtyping import Key
 from jaxtyping import Num
 from jaxtyping import PyTree
 from jaxtyping import Shaped
+from jaxtyping import UInt
 
 _F = TypeVar('_F', bound=Callable[..., Any])
 
@@ -57,6 +58,7 @@ __all__ = [
   'PyTree',
   'Shaped',
   'Size',
+  'UInt',
   'typechecked',
 ]
 

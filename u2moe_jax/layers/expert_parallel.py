@@ -26,6 +26,7 @@ from u2moe_jax.array_types import typechecked
 from u2moe_jax.config import Executor
 from u2moe_jax.ops import grouped_matmul
 from u2moe_jax.ops import permutation
+from u2moe_jax.ops.dropout import ExpertDropout
 from u2moe_jax.ops.executors import capacity as capacity_lib
 from u2moe_jax.ops.routing import Routing
 from u2moe_jax.sharding import axes
@@ -85,6 +86,7 @@ def expert_feed_forward(
   executor: Executor = 'auto',
   capacity_factor: float | None = None,
   block_size: int = 0,
+  dropout: ExpertDropout | None = None,
 ) -> grouped_matmul.Execution:
   """As `grouped_matmul.expert_feed_forward`, on the mesh in force.
 
@@ -99,7 +101,7 @@ def expert_feed_forward(
     block_size=block_size,
   )
   if split is None:
-    return run(x, plan, weights)
+    return run(x, plan, weights, dropout=dropout)
   # A mesh splits an axis, so experts that are separate arrays are stacked.
   weights = grouped_matmul.stacked(weights)
   if split.experts:
@@ -113,16 +115,25 @@ def expert_feed_forward(
     )
   num_tokens = x.shape[0]
   # `shard_map` takes parts of one size only.
-  x, plan = _pad(x, plan, -num_tokens % split.parts(split.tokens))
+  more = -num_tokens % split.parts(split.tokens)
+  x, plan, dropout = _pad(x, plan, dropout, more)
   hidden_parts = split.parts(split.hidden)
 
   def on_device(
-    x: Array, plan: Routing, weights: grouped_matmul.ExpertWeights
+    x: Array,
+    plan: Routing,
+    weights: grouped_matmul.ExpertWeights,
+    dropout: ExpertDropout | None,
   ) -> tuple[Array, Array]:
+    if dropout is not None and split.hidden:
+      # A device holds a part of the units of every pair.
+      part = jax.lax.axis_index(split.hidden)
+      first = jnp.uint32(part * weights.b_in.shape[1])
+      dropout = dataclasses.replace(dropout, first_unit=first)
     # Each part of the hidden width adds the bias; together they add it once.
     b_out = weights.b_out / hidden_parts
     weights = dataclasses.replace(weights, b_out=b_out)
-    executed = run(x, plan, weights)
+    executed = run(x, plan, weights, dropout=dropout)
     # An axis in front, along which the parts of a sum stand side by side.
     return executed.output[None], executed.num_dropped[None]
 
@@ -143,31 +154,52 @@ def expert_feed_forward(
         w_out=_Spec(experts, hidden, None),
         b_out=_Spec(experts, None),
       ),
+      _dropout_spec(dropout, tokens),
     ),
     out_specs=(_Spec(hidden, tokens), _Spec(tokens)),
     check_vma=False,
-  )(x, plan, weights)
+  )(x, plan, weights, dropout)
   return grouped_matmul.Execution(
     output=jnp.sum(output, axis=0)[:num_tokens],
     num_dropped=jnp.sum(num_dropped),
   )
 
 
-def _pad(x: Array, plan: Routing, more: int) -> tuple[Array, Routing]:
+def _dropout_spec(
+  dropout: ExpertDropout | None, tokens: tuple[str, ...] | None
+) -> ExpertDropout | None:
+  """Pairs go where their tokens go; the key goes everywhere."""
+  if dropout is None:
+    return None
+  everywhere = _Spec()
+  return ExpertDropout(
+    words=everywhere,
+    pairs=_Spec(tokens),
+    first_unit=everywhere,
+    rate=dropout.rate,
+  )
+
+
+def _pad(
+  x: Array, plan: Routing, dropout: ExpertDropout | None, more: int
+) -> tuple[Array, Routing, ExpertDropout | None]:
   """Adds padded tokens, so that every device gets as many."""
   if not more:
-    return x, plan
+    return x, plan, dropout
 
   def pad(array: Array, value: float) -> Array:
     widths = ((0, more),) + ((0, 0),) * (array.ndim - 1)
     return jnp.pad(array, widths, constant_values=value)
 
-  return pad(x, 0), dataclasses.replace(
+  plan = dataclasses.replace(
     plan,
     expert_index=pad(plan.expert_index, plan.num_experts),
     weight=pad(plan.weight, 0.0),
     mask=pad(plan.mask, False),
   )
+  if dropout is not None:
+    dropout = dataclasses.replace(dropout, pairs=pad(dropout.pairs, 0))
+  return pad(x, 0), plan, dropout
 
 
 def _exchange(
@@ -175,6 +207,7 @@ def _exchange(
   plan: Routing,
   weights: grouped_matmul.ExpertWeights,
   *,
+  dropout: ExpertDropout | None,
   split: _Split,
   activation: grouped_matmul.Activation,
   executor: Executor,
@@ -206,19 +239,31 @@ def _exchange(
   rows = travel(rows.reshape(num_devices, num_own, capacity, -1))
   # What was sent to devices has come from devices: own experts first.
   rows = jnp.swapaxes(rows, 0, 1)  # [own experts, devices, C, D]
+  numbers = None
+  if dropout is not None:
+    # The numbers of the pairs travel with them.
+    numbers = permutation.row_numbers(dropout.pairs, slots)
+    numbers = travel(numbers.reshape(num_devices, num_own, capacity))
+    numbers = jnp.swapaxes(numbers, 0, 1)  # [own experts, devices, C]
   if drops:
     groups = rows.reshape(num_own, num_devices * capacity, -1)
-    output = capacity_lib.equal_groups(groups, weights, activation)
+    row_dropout = None
+    if dropout is not None and numbers is not None:
+      row_dropout = dropout.of_rows(numbers.reshape(groups.shape[:2]))
+    output = capacity_lib.equal_groups(groups, weights, activation, row_dropout)
   else:
     # With a slot for every token most are empty; executors that can skip them
     # are told which.
     is_filled = travel(
       (slots.source < num_tokens).reshape(num_devices, num_own, capacity)
     )
+    if dropout is not None and numbers is not None:
+      dropout = dataclasses.replace(dropout, pairs=numbers.reshape(-1, 1))
     output = _run_received(
       rows,
       jnp.swapaxes(is_filled, 0, 1),
       weights,
+      dropout=dropout,
       activation=activation,
       executor=name,
       block_size=block_size,

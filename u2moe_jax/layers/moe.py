@@ -12,10 +12,12 @@ from u2moe_jax.array_types import typechecked
 from u2moe_jax.config import Activation
 from u2moe_jax.config import MoeConfig
 from u2moe_jax.layers import activations
+from u2moe_jax.layers import dropout as dropout_lib
 from u2moe_jax.layers import expert_parallel
 from u2moe_jax.layers import linear
 from u2moe_jax.ops import grouped_matmul
 from u2moe_jax.ops import routing
+from u2moe_jax.ops.dropout import ExpertDropout
 from u2moe_jax.sharding import axes
 
 
@@ -46,16 +48,15 @@ class MoeFeedForward(nn.Module):
     config: experts, top-k, router form, executor.
     hidden_dim: width M of each expert.
     activation: inside the experts.
+    dropout: after the activation, active when a `dropout` key is given.
     separate: one array per expert and parameter, as decoding wants them.
     dtype: compute type; the router is float32.
-
-  There is no dropout inside the experts: every executor would draw other
-  masks. The residual dropout of the block applies to the combined output.
   """
 
   config: MoeConfig
   hidden_dim: int
   activation: Activation = 'relu'
+  dropout: float = 0.0
   separate: bool = False
   dtype: linear.Dtype = jnp.float32
 
@@ -89,6 +90,7 @@ class MoeFeedForward(nn.Module):
       # on its neighbours in the batch.
       capacity_factor=config.capacity_factor if training else None,
       block_size=config.block_size,
+      dropout=self._dropout(num_tokens=tokens.shape[0]) if training else None,
     )
     margin = routing.margins(logits, top_k=config.top_k)
     shape = (batch, frames, -1)
@@ -105,6 +107,16 @@ class MoeFeedForward(nn.Module):
       margin=jnp.where(token_mask, margin, jnp.inf).reshape(batch, frames),
     )
     return executed.output.reshape(shape), stats
+
+  def _dropout(self, *, num_tokens: int) -> ExpertDropout | None:
+    if not self.dropout:
+      return None
+    return ExpertDropout.of_tokens(
+      dropout_lib.draw_words(self.make_rng('dropout')),
+      num_tokens=num_tokens,
+      num_kept=self.config.top_k,
+      rate=self.dropout,
+    )
 
   def _router(self, tokens: Float[Array, 'S D']) -> Array:
     """Logits in float32: near-ties must not hang on the compute type."""

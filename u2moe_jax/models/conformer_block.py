@@ -130,6 +130,7 @@ class ConformerBlock(nn.Module):
         config.moe,
         config.ffn_dim,
         config.activation,
+        config.dropout,
         separate=self.form == 'inference',
         dtype=self.dtype,
         name=f'ffn_{name}',

@@ -191,6 +191,7 @@ class DecoderLayer(nn.Module):
         config.moe,
         config.ffn_dim,
         config.activation,
+        config.dropout,
         separate=self.form == 'inference',
         dtype=self.dtype,
         name='ffn',

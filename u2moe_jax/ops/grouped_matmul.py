@@ -27,6 +27,7 @@ from u2moe_jax.array_types import Int
 from u2moe_jax.array_types import typechecked
 from u2moe_jax.config import Executor
 from u2moe_jax.ops import quantization
+from u2moe_jax.ops.dropout import ExpertDropout
 from u2moe_jax.ops.routing import Routing
 
 Activation = Callable[[Array], Array]
@@ -130,6 +131,7 @@ def expert_feed_forward(
   executor: Executor = 'auto',
   capacity_factor: float | None = None,
   block_size: int = 0,
+  dropout: ExpertDropout | None = None,
 ) -> Execution:
   """Computes y_s = sum_j weight_sj FFN_index(s,j)(x_s), on one device.
 
@@ -144,6 +146,7 @@ def expert_feed_forward(
     capacity_factor: slots per expert over the even share, for `capacity`;
       None means as many as could ever be needed, so that nothing is dropped.
     block_size: rows per block of `blocked`; 0 chooses by size.
+    dropout: of the hidden units, behind the activation; None for none.
 
   Returns:
     Outputs (zero for padded tokens) in x's dtype, and the number of (token,
@@ -161,6 +164,7 @@ def expert_feed_forward(
     activation=activation,
     capacity_factor=capacity_factor,
     block_size=block_size,
+    dropout=dropout,
   )
 
 

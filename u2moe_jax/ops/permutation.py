@@ -14,6 +14,7 @@ from u2moe_jax.array_types import Float
 from u2moe_jax.array_types import Int
 from u2moe_jax.array_types import Size
 from u2moe_jax.array_types import typechecked
+from u2moe_jax.array_types import UInt
 from u2moe_jax.ops.routing import Routing
 
 
@@ -57,6 +58,13 @@ def make_slots(position: Int[Array, 'S J'], num_rows: Size) -> Slots:
   source = jnp.full((num_rows + 1,), num_tokens, jnp.int32)
   source = source.at[position.reshape(-1)].set(token)[:-1]
   return Slots(source=source, position=position)
+
+
+@typechecked
+def row_numbers(numbers: UInt[Array, 'S J'], slots: Slots) -> UInt[Array, 'R']:
+  """The number of the pair in each row; 0 for an empty one."""
+  rows = jnp.zeros((slots.source.shape[0] + 1,), numbers.dtype)
+  return rows.at[slots.position.reshape(-1)].set(numbers.reshape(-1))[:-1]
 
 
 def _take(rows: Array, index: Array) -> Array:

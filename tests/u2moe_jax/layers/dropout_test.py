@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from u2moe_jax.layers import dropout
+from u2moe_jax.ops import dropout as dropout_ops
 
 _SHAPE = (16, 64, 96)
 
 
 def _mask(seed=0, rate=0.25, shape=_SHAPE):
   words = jax.random.bits(jax.random.key(seed), (2,), jnp.uint32)
-  return np.asarray(dropout.keep_mask(words, shape, rate))
+  return np.asarray(dropout_ops.keep_mask(words, shape, rate))
 
 
 def _weak(seed=0, rate=0.25, shape=_SHAPE):
@@ -79,6 +80,35 @@ def test_the_gradient_is_that_of_the_mask():
   np.testing.assert_allclose(gradient, kept / 0.75, rtol=1e-6)
 
 
+def _row_masks(rate=0.25, first_unit=0, shape=(64, 16, 96), seed=0):
+  """Of the pairs of 64 tokens with 16 slots each."""
+  words = dropout.draw_words(jax.random.key(seed))
+  tokens, kept, units = shape
+  pairs = dropout_ops.ExpertDropout.of_tokens(
+    words, num_tokens=tokens, num_kept=kept, rate=rate
+  )
+  pairs = pairs.replace(first_unit=jnp.uint32(first_unit))
+  rows = pairs.of_rows(pairs.pairs)
+  return np.asarray(rows(jnp.ones((tokens, kept, units))) > 0)
+
+
+def test_masks_of_rows_are_as_good_as_masks_of_places():
+  mask = _row_masks()
+  for axes in [(0, 1, 2), (1, 2), (0, 1), (0, 2)]:
+    mean = mask.mean(axes)
+    count = mask.size / mean.size
+    assert np.abs(mean - 0.75).max() / (0.1875 / count) ** 0.5 < 4.5, axes
+  assert _worst_of_neighbours(mask) < 4.5
+  assert _correlation(mask, _row_masks(seed=1)) < 4.5
+
+
+def test_a_part_of_the_units_has_its_part_of_the_mask():
+  whole = _row_masks(shape=(8, 2, 96))
+  part = _row_masks(shape=(8, 2, 32), first_unit=64)
+  np.testing.assert_array_equal(part, whole[..., 64:])
+  assert (_row_masks(shape=(8, 2, 32)) != part).any()
+
+
 def test_without_a_key_nothing_is_dropped():
   x = jnp.ones((2, 3))
   assert dropout.Dropout(0.5).apply({}, x) is x
@@ -98,7 +128,7 @@ def _library_mask(words, shape, rate):
 
 
 @pytest.mark.parametrize(
-  ('draw', 'whole'), [(dropout.keep_mask, False), (_library_mask, True)]
+  ('draw', 'whole'), [(dropout_ops.keep_mask, False), (_library_mask, True)]
 )
 def test_a_device_draws_its_own_part(draw, whole):
   """And the same mask as one device; `rbg` makes the whole batch on each."""

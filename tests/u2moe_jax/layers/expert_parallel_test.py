@@ -10,6 +10,7 @@ import pytest
 
 from u2moe_jax import config as config_lib
 from u2moe_jax.layers import expert_parallel
+from u2moe_jax.ops import dropout
 from u2moe_jax.ops import grouped_matmul
 from u2moe_jax.ops import routing
 from u2moe_jax.sharding import mesh as mesh_lib
@@ -43,7 +44,16 @@ def _problem(num_tokens=24):
   return normal(num_tokens, _WIDTH), logits, weights, mask
 
 
-def _value_and_gradients(problem, shape=None, **options):
+def _dropout(num_tokens, rate):
+  if not rate:
+    return None
+  words = jnp.asarray([17, 4], jnp.uint32)
+  return dropout.ExpertDropout.of_tokens(
+    words, num_tokens=num_tokens, num_kept=_KEPT, rate=rate
+  )
+
+
+def _value_and_gradients(problem, shape=None, rate=0.0, **options):
   """(output, dropped, gradients by tokens, logits and weights)."""
   x, logits, weights, mask = problem
   target = jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
@@ -51,7 +61,12 @@ def _value_and_gradients(problem, shape=None, **options):
   def loss(x, logits, weights):
     plan = routing.route(logits, mask, top_k=_KEPT, router_type='topk_softmax')
     executed = expert_parallel.expert_feed_forward(
-      x, plan, weights, activation=jax.nn.silu, **options
+      x,
+      plan,
+      weights,
+      activation=jax.nn.silu,
+      dropout=_dropout(len(x), rate),
+      **options,
     )
     return jnp.sum(executed.output * target), executed
 
@@ -65,9 +80,9 @@ def _value_and_gradients(problem, shape=None, **options):
 
 
 @functools.cache
-def _expected(num_tokens=24):
+def _expected(num_tokens=24, rate=0.0):
   output, _, gradients = _value_and_gradients(
-    _problem(num_tokens), executor='dense'
+    _problem(num_tokens), executor='dense', rate=rate
   )
   return jax.device_get((output, gradients))
 
@@ -94,6 +109,16 @@ def test_every_executor_runs_what_it_receives(executor):
   )
   _assert_close((output, gradients), _expected())
   assert dropped == 0
+
+
+@pytest.mark.parametrize('executor', ['blocked', 'capacity'])
+def test_dropout_is_the_same_on_a_mesh(executor):
+  # Experts and hidden units are split, and tokens padded.
+  output, _, gradients = _value_and_gradients(
+    _problem(21), (1, 2, 2, 2), executor=executor, rate=0.4
+  )
+  _assert_close((output, gradients), _expected(21, rate=0.4))
+  assert np.abs(output - _expected(21)[0]).max() > 0.1
 
 
 def test_tokens_that_no_device_count_divides():

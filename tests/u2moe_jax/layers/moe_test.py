@@ -114,6 +114,21 @@ def test_capacity_drops_in_training_only():
   assert not np.asarray(trained[0, 1:]).any()
 
 
+def test_hidden_units_are_dropped_in_training_only():
+  config = tiny.moe(executor='blocked')
+  whole, _ = _run(config)
+  asleep, _ = _run(config, dropout=0.5)
+  np.testing.assert_array_equal(asleep, whole)
+  rngs = {'dropout': jax.random.key(0)}
+  np.testing.assert_allclose(_run(config, rngs=rngs)[0], whole, atol=1e-6)
+  first, _ = _run(config, rngs=rngs, dropout=0.5)
+  again, _ = _run(config, rngs=rngs, dropout=0.5)
+  other, _ = _run(config, rngs={'dropout': jax.random.key(1)}, dropout=0.5)
+  np.testing.assert_array_equal(first, again)
+  assert np.abs(first - whole).max() > 0.05
+  assert np.abs(first - other).max() > 0.05
+
+
 def test_the_router_is_float32_in_bfloat16():
   x16 = jnp.asarray(_X, jnp.bfloat16)
   layer = moe.MoeFeedForward(tiny.moe(), _HIDDEN, dtype=jnp.bfloat16)

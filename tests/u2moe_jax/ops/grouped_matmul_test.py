@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from u2moe_jax import config as config_lib
+from u2moe_jax.ops import dropout
 from u2moe_jax.ops import grouped_matmul
 from u2moe_jax.ops import routing
 
@@ -54,8 +55,17 @@ def _plan(logits, mask, top_k=_KEPT):
   return routing.route(logits, mask, top_k=top_k, router_type='topk_softmax')
 
 
+def _dropout(top_k, rate):
+  if not rate:
+    return None
+  words = jnp.asarray([17, 4], jnp.uint32)
+  return dropout.ExpertDropout.of_tokens(
+    words, num_tokens=_TOKENS, num_kept=top_k, rate=rate
+  )
+
+
 @functools.cache
-def _value_and_gradients(name, top_k=_KEPT):
+def _value_and_gradients(name, top_k=_KEPT, rate=0.0):
   options = dict({'dense': {'executor': 'dense'}, **_EXECUTORS}[name])
   layout = options.pop('layout', 'stacked')
 
@@ -67,6 +77,7 @@ def _value_and_gradients(name, top_k=_KEPT):
       _plan(logits, mask, top_k),
       weights,
       activation=jax.nn.silu,
+      dropout=_dropout(top_k, rate),
       **options,
     ).output
     return jnp.sum(output * target), output
@@ -111,6 +122,17 @@ def test_executor_agrees_with_dense(problem, name):
   expected, expected_gradients = _run('dense', problem)
   _assert_close(output, expected)
   _assert_close(gradients, expected_gradients)
+
+
+@pytest.mark.parametrize(
+  'name', ['blocked_3', 'blocked_auto', 'separate_8', 'capacity', 'ragged']
+)
+def test_executors_drop_the_same_units(problem, name):
+  found = _run(name, problem, rate=0.4)
+  expected = _run('dense', problem, rate=0.4)
+  _assert_close(found, expected)
+  whole, _ = _run('dense', problem)
+  assert np.abs(expected[0] - whole).max() > 0.1
 
 
 @pytest.mark.parametrize('name', ['blocked_3', 'capacity', 'ragged'])

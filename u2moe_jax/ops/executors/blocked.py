@@ -19,6 +19,8 @@ from u2moe_jax.array_types import Int
 from u2moe_jax.ops import grouped_matmul
 from u2moe_jax.ops import permutation
 from u2moe_jax.ops import quantization
+from u2moe_jax.ops.dropout import ExpertDropout
+from u2moe_jax.ops.dropout import RowDropout
 from u2moe_jax.ops.routing import Routing
 
 # (most pairs per expert, rows of a block): large blocks multiply faster, small
@@ -51,6 +53,7 @@ def run(
   activation: grouped_matmul.Activation,
   capacity_factor: float | None,
   block_size: int,
+  dropout: ExpertDropout | None,
 ) -> grouped_matmul.Execution:
   """Sorts rows by expert and loops over blocks."""
   del capacity_factor
@@ -60,7 +63,11 @@ def run(
     block_size = _choose_block_size(plan.weight.size / plan.num_experts, table)
   slots, blocks = _sort_into_blocks(plan, block_size)
   rows = permutation.dispatch(x, slots)
-  rows = _run_blocks(activation, block_size, rows, weights, blocks)
+  row_dropout = None
+  if dropout is not None:
+    numbers = permutation.row_numbers(dropout.pairs, slots)
+    row_dropout = dropout.of_rows(numbers)
+  rows = _run_blocks(activation, block_size, rows, weights, blocks, row_dropout)
   output = permutation.combine(rows, plan.weight, slots)
   return grouped_matmul.nothing_dropped(output)
 
@@ -111,6 +118,20 @@ def _over_blocks(
   return jax.lax.fori_loop(blocks.start[e], blocks.end[e], body, init)
 
 
+def _activate(
+  activation: grouped_matmul.Activation,
+  block_size: int,
+  dropout: RowDropout | None,
+  i: Array,
+  before: Array,
+):
+  """The hidden values of block i, dropout included."""
+  hidden = activation(before)
+  if dropout is None:
+    return hidden
+  return dropout.block(i * block_size, block_size)(hidden)
+
+
 # The loops run over the blocks in use, counts known only at run time, which
 # JAX cannot differentiate in reverse; hence the gradient by hand.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -120,10 +141,13 @@ def _run_blocks(
   rows: Float[Array, 'R D'],
   weights: grouped_matmul.ExpertWeights | grouped_matmul.SeparateWeights,
   blocks: _Blocks,
+  dropout: RowDropout | None,
 ):
+  activate = functools.partial(_activate, activation, block_size, dropout)
+
   def run_rows(expert: grouped_matmul.OneExpert, i: Array, out: Array):
     row = _block(rows, i, block_size)  # [rows of a block, D]
-    hidden = activation(row @ expert.w_in + expert.b_in[None])
+    hidden = activate(i, row @ expert.w_in + expert.b_in[None])
     return _set_block(out, i, hidden @ expert.w_out + expert.b_out[None])
 
   def run_columns(expert: grouped_matmul.SeparateExpert, i: Array, out: Array):
@@ -131,7 +155,7 @@ def _run_blocks(
     # is transposed, [D or M, rows of a block], as the matrices are.
     columns = jax.lax.optimization_barrier(_block(rows, i, block_size).T)
     hidden = quantization.matmul(expert.w_in, columns) + expert.b_in[:, None]
-    columns = quantization.matmul(expert.w_out, activation(hidden))
+    columns = quantization.matmul(expert.w_out, activate(i, hidden.T).T)
     columns = jax.lax.optimization_barrier(columns + expert.b_out[:, None])
     return _set_block(out, i, columns.T)
 
@@ -158,10 +182,11 @@ def _run_blocks_forward(
   rows: Float[Array, 'R D'],
   weights: grouped_matmul.ExpertWeights | grouped_matmul.SeparateWeights,
   blocks: _Blocks,
+  dropout: RowDropout | None,
 ):
-  out = _run_blocks(activation, block_size, rows, weights, blocks)
+  out = _run_blocks(activation, block_size, rows, weights, blocks, dropout)
   # No hidden values: they are computed again, block by block.
-  return out, (rows, weights, blocks)
+  return out, (rows, weights, blocks, dropout)
 
 
 def _run_blocks_backward(
@@ -170,7 +195,8 @@ def _run_blocks_backward(
   residuals: tuple[Any, ...],
   d_out: Float[Array, 'R D'],
 ):
-  rows, weights, blocks = residuals
+  rows, weights, blocks, dropout = residuals
+  activate = functools.partial(_activate, activation, block_size, dropout)
 
   def gradients(expert: grouped_matmul.OneExpert, i: Array, carry: Any):
     """Writes the rows' gradient of a block, adds that of the weights."""
@@ -178,7 +204,7 @@ def _run_blocks_backward(
     row, d_row_out = _block(rows, i, block_size), _block(d_out, i, block_size)
     # Computed again: it would take M / D times the memory of the rows.
     before = row @ expert.w_in + expert.b_in[None]
-    hidden, pull_back = jax.vjp(activation, before)
+    hidden, pull_back = jax.vjp(functools.partial(activate, i), before)
     (d_before,) = pull_back(d_row_out @ expert.w_out.T)
     # As products: XLA:CPU makes of sums over rows what took a tenth of a step.
     ones = jnp.ones((block_size,), rows.dtype)
@@ -204,7 +230,7 @@ def _run_blocks_backward(
     for e, expert in enumerate(weights):
       d_rows, d_expert = of_expert(expert.transposed(), e, d_rows)
       d_separate.append(grouped_matmul.SeparateExpert.of(d_expert))
-    return d_rows, tuple(d_separate), None
+    return d_rows, tuple(d_separate), None, None
 
   def body(e: Array, carry: tuple[Array, grouped_matmul.ExpertWeights]):
     d_rows, d_weights = carry
@@ -216,7 +242,7 @@ def _run_blocks_backward(
   d_rows, d_weights = jax.lax.fori_loop(
     0, len(blocks.end), body, (d_rows, jax.tree.map(jnp.zeros_like, weights))
   )
-  return d_rows, d_weights, None
+  return d_rows, d_weights, None, None
 
 
 def _add(held: Array, new: Array) -> Array:

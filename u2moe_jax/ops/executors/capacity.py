@@ -14,6 +14,8 @@ from u2moe_jax.array_types import Float
 from u2moe_jax.array_types import typechecked
 from u2moe_jax.ops import grouped_matmul
 from u2moe_jax.ops import permutation
+from u2moe_jax.ops.dropout import ExpertDropout
+from u2moe_jax.ops.dropout import RowDropout
 from u2moe_jax.ops.routing import Routing
 
 
@@ -61,10 +63,13 @@ def equal_groups(
   rows: Float[Array, 'E C D'],
   weights: grouped_matmul.ExpertWeights,
   activation: grouped_matmul.Activation,
+  dropout: RowDropout | None = None,
 ) -> Float[Array, 'E C D']:
   """Each expert's two layers on its rows; an empty row gives anything."""
   hidden = jnp.einsum('ECD,EDM->ECM', rows, weights.w_in)  # [E, C, M]
   hidden = activation(hidden + weights.b_in[:, None])
+  if dropout is not None:
+    hidden = dropout(hidden)
   output = jnp.einsum('ECM,EMD->ECD', hidden, weights.w_out)
   return output + weights.b_out[:, None]
 
@@ -77,6 +82,7 @@ def run(
   activation: grouped_matmul.Activation,
   capacity_factor: float | None,
   block_size: int,
+  dropout: ExpertDropout | None,
 ) -> grouped_matmul.Execution:
   """Fills the slots, multiplies, and counts what found none."""
   del block_size
@@ -87,7 +93,13 @@ def run(
   slots, num_dropped = make_slots(plan, capacity)
   rows = permutation.dispatch(x, slots)
   rows = rows.reshape(plan.num_experts, capacity, -1)  # [E, C, D]
-  rows = equal_groups(rows, grouped_matmul.stacked(weights), activation)
+  row_dropout = None
+  if dropout is not None:
+    numbers = permutation.row_numbers(dropout.pairs, slots)
+    row_dropout = dropout.of_rows(numbers.reshape(rows.shape[:2]))
+  rows = equal_groups(
+    rows, grouped_matmul.stacked(weights), activation, row_dropout
+  )
   # Empty slots hold what biases make of zeros; no pair points there.
   rows = rows.reshape(plan.num_experts * capacity, -1)  # [E * C, D]
   output = permutation.combine(rows, plan.weight, slots)

@@ -13,6 +13,7 @@ from u2moe_jax.array_types import Array
 from u2moe_jax.array_types import Float
 from u2moe_jax.ops import grouped_matmul
 from u2moe_jax.ops import permutation
+from u2moe_jax.ops.dropout import ExpertDropout
 from u2moe_jax.ops.routing import Routing
 
 # (rows [R, K], matrices [E, K, N], group sizes [E]) -> [R, N]
@@ -27,10 +28,11 @@ def run(
   activation: grouped_matmul.Activation,
   capacity_factor: float | None,
   block_size: int,
+  dropout: ExpertDropout | None,
 ) -> grouped_matmul.Execution:
   """Multiplies sorted rows by `lax.ragged_dot`."""
   del capacity_factor, block_size
-  return run_sorted(x, plan, weights, activation, jax.lax.ragged_dot)
+  return run_sorted(x, plan, weights, activation, dropout, jax.lax.ragged_dot)
 
 
 def run_sorted(
@@ -38,6 +40,7 @@ def run_sorted(
   plan: Routing,
   weights: grouped_matmul.ExpertWeights | grouped_matmul.SeparateWeights,
   activation: grouped_matmul.Activation,
+  dropout: ExpertDropout | None,
   ragged_dot: RaggedDot,
 ) -> grouped_matmul.Execution:
   """Sorts the pairs by expert and multiplies by any ragged product."""
@@ -59,7 +62,12 @@ def run_sorted(
   expert = jnp.minimum(pair_expert[order], num_experts - 1)
   rows = permutation.dispatch(x, slots)
   hidden = ragged_dot(rows, weights.w_in, sizes) + weights.b_in[expert]
-  rows = ragged_dot(activation(hidden), weights.w_out, sizes)
+  hidden = activation(hidden)
+  if dropout is not None:
+    hidden = dropout.of_rows(permutation.row_numbers(dropout.pairs, slots))(
+      hidden
+    )
+  rows = ragged_dot(hidden, weights.w_out, sizes)
   rows += weights.b_out[expert]
   output = permutation.combine(rows, plan.weight, slots)
   return grouped_matmul.nothing_dropped(output)

@@ -10,6 +10,7 @@ from u2moe_jax import config as config_lib
 from u2moe_jax.array_types import Array
 from u2moe_jax.array_types import Float
 from u2moe_jax.ops import grouped_matmul
+from u2moe_jax.ops.dropout import ExpertDropout
 from u2moe_jax.ops.executors import ragged
 from u2moe_jax.ops.routing import Routing
 
@@ -22,6 +23,7 @@ def run(
   activation: grouped_matmul.Activation,
   capacity_factor: float | None,
   block_size: int,
+  dropout: ExpertDropout | None,
 ) -> grouped_matmul.Execution:
   """Multiplies sorted rows by `tokamax.ragged_dot`.
 
@@ -36,4 +38,6 @@ def run(
       'moe.executor=tokamax needs the package tokamax (Python 3.12 or later): '
       'pip install -r requirements-tokamax.txt, or set moe.executor=auto'
     ) from None
-  return ragged.run_sorted(x, plan, weights, activation, tokamax.ragged_dot)
+  return ragged.run_sorted(
+    x, plan, weights, activation, dropout, tokamax.ragged_dot
+  )
