@@ -341,7 +341,7 @@ def _is_done(job: _Job) -> bool:
 def _plan(job: _Job, opened: Mapping[str, sources.Source]) -> pieces.Plan:
   counts = {split: len(source) for split, source in opened.items()}
   train = counts.get(assembly.TRAIN, 0)
-  every = max(1, train // _CMVN_UTTERANCES)
+  every = max(1, -(-train // _CMVN_UTTERANCES))
   settings = dataclasses.replace(
     job.settings, cmvn_every={assembly.TRAIN: every}
   )

@@ -36,7 +36,7 @@ def compute_cmvn(
   Raises:
     ValueError: if there is not one frame.
   """
-  step = max(1, len(source) // most)
+  step = max(1, -(-len(source) // most))
 
   def one(index: int) -> cmvn.CmvnStats:
     stats = cmvn.empty(features.num_mel_bins)

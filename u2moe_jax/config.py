@@ -686,11 +686,19 @@ class OptimizerConfig:
       learning_rate=self.learning_rate,
       accumulate=self.accumulate,
     )
-    _require_rate('optimizer', ema_decay=self.ema_decay)
-    _require(
-      self.warmup_steps >= 0,
-      f'optimizer.warmup_steps is {self.warmup_steps}; it must not be negative',
+    _require_rate(
+      'optimizer',
+      beta1=self.beta1,
+      beta2=self.beta2,
+      ema_decay=self.ema_decay,
     )
+    _require_positive('optimizer', eps=self.eps)
+    _require_share('optimizer', final_rate_share=self.final_rate_share)
+    for key in ('warmup_steps', 'weight_decay', 'clip_norm'):
+      value = getattr(self, key)
+      _require(
+        value >= 0, f'optimizer.{key} is {value}; it must not be negative'
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

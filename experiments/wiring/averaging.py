@@ -52,6 +52,10 @@ def average(
   else:
     chosen = sorted(kept, reverse=True)[:num]
   store.close()
+  if not kept:
+    raise directory.CheckpointError(
+      f'{workdir}: no step has been saved yet; averaging needs one'
+    )
   missing = [step for step in chosen if step not in kept]
   if missing or not chosen:
     raise directory.CheckpointError(

@@ -137,8 +137,8 @@ def warm_up(
     # asked.
     memory.require_fit(program, limit)
     say(f'  {program.name} {program.shape}: {_figures(program)}')
-    rival = largest.get(program.name, program)
-    if (program.memory_bytes or 0) >= (rival.memory_bytes or 0):
+    rival = largest.setdefault(program.name, program)
+    if (program.memory_bytes or 0) > (rival.memory_bytes or 0):
       largest[program.name] = program
     if should_stop():
       # Closing the generator cancels the shapes that wait for a thread.

@@ -202,10 +202,12 @@ def first_host(nodes: str) -> str:
   Raises:
     ValueError: if it cannot be read.
   """
-  match = re.match(r'(?P<name>[\w.-]+)(\[(?P<number>\d+)[\d,-]*\])?', nodes)
+  match = re.match(
+    r'(?P<name>[\w.-]+)(\[(?P<number>\d+)[\d,-]*\](?P<rest>[\w.-]*))?', nodes
+  )
   if match is None:
     raise ValueError(f'the list of nodes {nodes!r} cannot be read')
-  return match['name'] + (match['number'] or '')
+  return ''.join(match[part] or '' for part in ('name', 'number', 'rest'))
 
 
 def _tpu(

@@ -125,6 +125,8 @@ def test_whole_numbers_are_good_enough_for_a_rate():
     ('optimizer.name', 'sgd', 'optimizer.name'),
     ('optimizer.schedule', 'linear', 'optimizer.schedule'),
     ('optimizer.learning_rate', 0.0, 'optimizer.learning_rate'),
+    ('optimizer.clip_norm', -1.0, 'optimizer.clip_norm'),
+    ('optimizer.beta2', 1.0, 'optimizer.beta2'),
     ('train.ctc_weight', 1.5, 'train.ctc_weight'),
     ('train.label_smoothing', 1.0, 'train.label_smoothing'),
     ('mesh.fsdp', 0, 'fsdp=0'),

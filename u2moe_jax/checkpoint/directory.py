@@ -174,7 +174,7 @@ def _write(
   save(unfinished)
   if processes.is_first():
     _write_rest(unfinished, description, tokens, extras)
-    _replace(path, unfinished)
+    replace(path, unfinished)
   processes.wait(f'end {path}')
 
 
@@ -204,7 +204,8 @@ def _write_rest(
   (unfinished / 'model.json').write_text(text + '\n', encoding='utf-8')
 
 
-def _replace(path: pathlib.Path, unfinished: pathlib.Path) -> None:
+def replace(path: pathlib.Path, unfinished: pathlib.Path) -> None:
+  """Gives a folder that is complete its name; what had it goes."""
   # Renamed, not deleted first: whenever this is cut short, one is whole.
   old = path.with_name(path.name + '.old')
   shutil.rmtree(old, ignore_errors=True)
@@ -232,12 +233,17 @@ def describe(path: Path) -> Description:
   """
   file = pathlib.Path(path) / 'model.json'
   tree = _read_json(file)
+  if not isinstance(tree, dict):
+    raise CheckpointError(f'{file}: describes no model; was it edited?')
   version = tree.get('format_version')
   if not isinstance(version, int) or version > FORMAT_VERSION:
     raise CheckpointError(
       f'{file}: format version {version!r}; this program reads up to '
       f'{FORMAT_VERSION}: install a newer u2moe_jax'
     )
+  missing = {'model', 'features'} - tree.keys()
+  if missing:
+    raise CheckpointError(f'{file}: no {min(missing)!r} in it; was it edited?')
   return Description(
     model=config_lib.from_dict(config_lib.ModelConfig, tree['model']),
     features=config_lib.from_dict(config_lib.FeatureConfig, tree['features']),
@@ -302,7 +308,7 @@ def step_folders(workdir: Path) -> list[pathlib.Path]:
   folders = [
     folder
     for folder in (pathlib.Path(workdir) / 'checkpoints').iterdir()
-    if folder.name.isdigit() and (folder / 'params').is_dir()
+    if folder.name.isdecimal() and (folder / 'params').is_dir()
   ]
   return sorted(folders, key=lambda folder: int(folder.name))
 

@@ -69,7 +69,7 @@ def encode_text(
   if tokenizer is None:
     parts = text.split()
     size = recognizer.description.model.vocab_size
-    if not all(part.isdigit() and int(part) < size for part in parts):
+    if not all(part.isdecimal() and int(part) < size for part in parts):
       return [], f'no token table, and the text is not ids below {size}'
     ids = list(map(int, parts))
   else:

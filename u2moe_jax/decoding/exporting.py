@@ -93,8 +93,7 @@ def export(
   shutil.rmtree(unfinished, ignore_errors=True)
   _write(unfinished, source, found.tokens)
   difference = compare(exported.Programs(unfinished), source)
-  shutil.rmtree(out, ignore_errors=True)
-  unfinished.rename(out)
+  directory.replace(out, unfinished)
   return difference
 
 

@@ -134,7 +134,8 @@ def load(path: str | os.PathLike[str]) -> CmvnStats:
     parse = _parse_json if text.lstrip().startswith('{') else _parse_kaldi
     stats = parse(text)
     _check(stats)
-  except ValueError as error:  # JSON and UTF-8 errors are of this kind too
+  # JSON and UTF-8 errors are ValueErrors; a count may be infinite.
+  except (ValueError, OverflowError) as error:
     raise ValueError(
       f'{path}: not CMVN statistics (WeNet JSON, or a Kaldi matrix in text '
       f'form): {error}'

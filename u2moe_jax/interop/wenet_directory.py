@@ -376,9 +376,7 @@ def export_model(checkpoint: Path, out: Path) -> list[str]:
   for name in (_UNITS, _BPE):
     if found.tokens is not None and (found.tokens / name).is_file():
       shutil.copyfile(found.tokens / name, unfinished / name)
-  if out.exists():
-    shutil.rmtree(out)
-  unfinished.rename(out)
+  directory.replace(out, unfinished)
   count = len(state | unused)
   return [f'wrote {out}: {count} entries of {found.choice}', *_caveats(found)]
 

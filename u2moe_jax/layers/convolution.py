@@ -82,13 +82,11 @@ class ConvolutionModule(nn.Module):
     """
     width = x.shape[-1]
     x = jnp.where(mask[..., None], x, 0.0)
-    padded_mask = mask
     if self.causal:
       shape = (x.shape[0], self.kernel_width - 1, width)
       history = jnp.zeros(shape, x.dtype) if history is None else history
       # In front of the first pointwise map: its bias acts on the history too.
       x = jnp.concatenate([history.astype(x.dtype), x], axis=1)
-      padded_mask = jnp.ones(x.shape[:2], bool)
     inputs = x
     x = linear.dense(
       2 * width,
@@ -104,7 +102,7 @@ class ConvolutionModule(nn.Module):
       # The bias of the map before has filled the padding again. A causal frame
       # never sees it: padding lies to its right.
       if not self.padding_leak:
-        x = jnp.where(padded_mask[..., None], x, 0.0)
+        x = jnp.where(mask[..., None], x, 0.0)
       half = self.kernel_width // 2
       x = jnp.pad(x, ((0, 0), (half, half), (0, 0)))
     x = self._depthwise(x)
@@ -175,7 +173,8 @@ def _batch_statistics(
 ) -> tuple[Array, Array, RunningStats]:
   """Batch mean and variance over counted frames, and the running update."""
   # Under jit B is the batch of all devices, and so are these sums.
-  count = jnp.maximum(jnp.sum(mask), 1).astype(x.dtype)
+  total = jnp.sum(mask)
+  count = jnp.maximum(total, 1).astype(x.dtype)
   keep = mask[..., None]
   mean = jnp.sum(jnp.where(keep, x, 0.0), axis=(0, 1)) / count
   # In two passes: E[x^2] - E[x]^2 cancels where the mean is large.
@@ -186,7 +185,9 @@ def _batch_statistics(
 
   def move(old: Array, new: Array) -> Array:
     # A buffer: the loss of this batch must not reach it by its gradient.
-    return (1 - _MOMENTUM) * old + _MOMENTUM * jax.lax.stop_gradient(new)
+    moved = (1 - _MOMENTUM) * old + _MOMENTUM * jax.lax.stop_gradient(new)
+    # A batch may be nothing but empty rows, which have no mean.
+    return jnp.where(total > 0, moved, old)
 
   updated = RunningStats(
     mean=move(running.mean, mean), variance=move(running.variance, unbiased)

@@ -1,6 +1,7 @@
 """Floating-point operations of a step, and what a device could do."""
 
 import math
+import re
 from typing import Any
 
 # bfloat16 multiply-adds counted as two, per second and device, dense, as the
@@ -28,7 +29,8 @@ _PEAKS = (
 def peak(device_kind: str) -> float | None:
   """Operations a second that a device could do at best; None if unknown."""
   for name, value in _PEAKS:
-    if name in device_kind:
+    # An L40 is no L4.
+    if re.search(rf'\b{name}(?!\d)', device_kind):
       return value
   return None
 

@@ -57,7 +57,11 @@ def make_schedule(
 
 
 def decay_mask(params: PyTree) -> PyTree:
-  """True for matrices; biases, norms and position scores do not decay."""
+  """True for matrices.
+
+  Biases, norms, position scores and depthwise kernels, a few numbers for each
+  channel, do not decay.
+  """
 
   # By the start of the name, for `kernel_0` and the like.
   def decays(path: Sequence[Any], _: Any) -> bool:

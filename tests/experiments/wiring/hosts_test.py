@@ -69,6 +69,7 @@ def test_processes_that_share_a_node_take_one_device_each(
     ('node7', 'node7'),
     ('a-b.c,d', 'a-b.c'),
     ('rack2-n[12]', 'rack2-n12'),
+    ('rack[0-1]-node3,x', 'rack0-node3'),
   ],
 )
 def test_the_first_node_of_a_list(nodes, expected):

@@ -78,7 +78,12 @@ def test_a_newer_format_is_refused(written, tmp_path):
 
 @pytest.mark.parametrize(
   ('text', 'message'),
-  [('{', 'not JSON'), ('{}', 'format version None')],
+  [
+    ('{', 'not JSON'),
+    ('[]', 'no model'),
+    ('{}', 'format version None'),
+    ('{"format_version": 1, "model": {}}', "no 'features'"),
+  ],
 )
 def test_a_broken_description_is_refused(tmp_path, text, message):
   (tmp_path / 'model.json').write_text(text)

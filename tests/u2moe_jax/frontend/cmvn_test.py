@@ -123,6 +123,7 @@ def test_kaldi_text_gives_the_same_numbers(tmp_path, key):
     (b'{"mean_stat": [{}], "var_stat": [1], "frame_num": 2}', 'numbers'),
     (b'{"mean_stat": [1], "var_stat": [1], "frame_num": null}', 'frame_num'),
     (b'{"mean_stat": [1], "var_stat": [1], "frame_num": 0}', 'no frames'),
+    (b'{"mean_stat": [1], "var_stat": [1], "frame_num": Infinity}', 'infinity'),
     (b'{"mean_stat": [], "var_stat": [], "frame_num": 2}', 'no bins'),
     (b'{"mean_stat": [NaN], "var_stat": [1], "frame_num": 2}', 'NaN'),
   ],

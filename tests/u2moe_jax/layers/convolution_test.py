@@ -114,6 +114,16 @@ def test_batch_norm_counts_real_frames_only():
   )
 
 
+def test_a_batch_without_frames_moves_no_statistics():
+  module, variables, arguments = _module(norm='batch_norm')
+  rngs = {'dropout': jax.random.key(0)}
+  empty = jnp.zeros_like(_ALL)
+  _, _, kept = module.apply(variables, _X, empty, rngs=rngs, **arguments)
+  jax.tree.map(np.testing.assert_array_equal, kept, _running())
+  _, _, moved = module.apply(variables, _X, _SHORT, rngs=rngs, **arguments)
+  assert np.abs(moved.mean - _running().mean).max() > 1e-3
+
+
 def test_batch_norm_uses_running_statistics_at_evaluation():
   module, variables, arguments = _module(norm='batch_norm')
   output, _, running = module.apply(variables, _X, _ALL, **arguments)

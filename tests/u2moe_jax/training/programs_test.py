@@ -174,4 +174,7 @@ def test_peaks_are_found_by_kind():
   assert flops.peak('NVIDIA H200') == flops.peak('NVIDIA H100 80GB HBM3')
   assert flops.peak('NVIDIA H100 PCIe') < flops.peak('NVIDIA H100 80GB HBM3')
   assert flops.peak('TPU v5 lite') < flops.peak('TPU v5')
-  assert flops.peak('cpu') is None
+  assert flops.peak('TPU v5p') == flops.peak('TPU v5')
+  assert flops.peak('NVIDIA L4') is not None
+  for other in ('cpu', 'NVIDIA L40', 'NVIDIA T400'):
+    assert flops.peak(other) is None, other
