@@ -57,8 +57,8 @@ def scale_by_adam(
   """Adam (arXiv 1412.6980): m / (1 - b1^t) over sqrt(v / (1 - b2^t)) + eps.
 
   The update is computed from the new moments, behind a barrier. Without it XLA
-  computes them once more from the old ones, of which it then keeps copies: on
-  CPU twice the parameters, and their reading and writing.
+  computes them once more from the old ones, of which it then makes copies on
+  CPU.
 
   Args:
     b1: decay of the first moment m.

@@ -75,22 +75,35 @@ def test_a_norm_that_is_known_is_not_computed_again():
   np.testing.assert_allclose(scaled['a'], [0.06, 0.08], rtol=1e-6)
 
 
+def _skip_by_branch(finite, update, kept):
+  return jax.lax.cond(finite, update, lambda: kept)
+
+
+def _skip_by_choice(finite, update, kept):
+  return jax.tree.map(lambda a, b: jnp.where(finite, a, b), update(), kept)
+
+
 def test_no_copies_of_moments_are_made():
+  """In a step that may skip its update, as the train step does."""
   params = {'a': jnp.ones((512, 512)), 'b': jnp.ones((512, 512))}
   size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
-  def extra_memory(chain):
+  def extra_memory(chain, skip):
     def step(params, state, gradients):
-      updates, state = chain.update(gradients, state, params)
-      return optax.apply_updates(params, updates), state
+      def update():
+        updates, new = chain.update(gradients, state, params)
+        return optax.apply_updates(params, updates), new
+
+      finite = jnp.isfinite(optax.tree.norm(gradients))
+      return skip(finite, update, (params, state))
 
     args = params, chain.init(params), params
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*args).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
   # What is left is for the squares of which the norm is the sum.
-  assert extra_memory(_own_chain(1.0, **_ADAM)) < 1.1 * size
-  assert extra_memory(_optax_chain(1.0, **_ADAM)) > 1.9 * size
+  assert extra_memory(_own_chain(1.0, **_ADAM), _skip_by_branch) < 1.1 * size
+  assert extra_memory(_optax_chain(1.0, **_ADAM), _skip_by_choice) > 1.4 * size
 
 
 def test_parts_are_weighed_by_what_they_were_divided_by():
