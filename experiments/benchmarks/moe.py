@@ -78,16 +78,14 @@ def _one_expert(x: jax.Array, weights: Any, plan: routing.Routing):
 def _experts(executor: str) -> Callable[..., jax.Array]:
   # `capacity_2.0`: an executor and its factor.
   name, _, factor = executor.partition('_')
+  options = grouped_matmul.Options(
+    jax.nn.silu,
+    executor=name,
+    capacity_factor=float(factor) if factor else None,
+  )
 
   def forward(x: jax.Array, weights: Any, plan: routing.Routing):
-    return grouped_matmul.expert_feed_forward(
-      x,
-      plan,
-      weights,
-      activation=jax.nn.silu,
-      executor=name,
-      capacity_factor=float(factor) if factor else None,
-    ).output
+    return grouped_matmul.expert_feed_forward(x, plan, weights, options).output
 
   return forward
 

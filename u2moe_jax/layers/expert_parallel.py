@@ -14,7 +14,6 @@ Without a mesh, or on one device, this is `grouped_matmul`.
 import dataclasses
 import functools
 import math
-from typing import Any
 
 from flax import linen as nn
 import jax
@@ -23,10 +22,10 @@ import jax.numpy as jnp
 from u2moe_jax.array_types import Array
 from u2moe_jax.array_types import Float
 from u2moe_jax.array_types import typechecked
-from u2moe_jax.config import Executor
 from u2moe_jax.ops import grouped_matmul
 from u2moe_jax.ops import permutation
 from u2moe_jax.ops.dropout import ExpertDropout
+from u2moe_jax.ops.dropout import RowDropout
 from u2moe_jax.ops.executors import capacity as capacity_lib
 from u2moe_jax.ops.routing import Routing
 from u2moe_jax.sharding import axes
@@ -81,11 +80,7 @@ def expert_feed_forward(
   x: Float[Array, 'S D'],
   plan: Routing,
   weights: grouped_matmul.ExpertWeights | grouped_matmul.SeparateWeights,
-  *,
-  activation: grouped_matmul.Activation,
-  executor: Executor = 'auto',
-  capacity_factor: float | None = None,
-  block_size: int = 0,
+  options: grouped_matmul.Options,
   dropout: ExpertDropout | None = None,
 ) -> grouped_matmul.Execution:
   """As `grouped_matmul.expert_feed_forward`, on the mesh in force.
@@ -93,26 +88,13 @@ def expert_feed_forward(
   The tokens are those of all devices, those of a device next to each other.
   """
   split = _split()
-  run = functools.partial(
-    grouped_matmul.expert_feed_forward,
-    activation=activation,
-    executor=executor,
-    capacity_factor=capacity_factor,
-    block_size=block_size,
-  )
+  run = grouped_matmul.expert_feed_forward
   if split is None:
-    return run(x, plan, weights, dropout=dropout)
+    return run(x, plan, weights, options, dropout)
   # A mesh splits an axis, so experts that are separate arrays are stacked.
   weights = grouped_matmul.stacked(weights)
   if split.experts:
-    run = functools.partial(
-      _exchange,
-      split=split,
-      activation=activation,
-      executor=executor,
-      capacity_factor=capacity_factor,
-      block_size=block_size,
-    )
+    run = functools.partial(_exchange, split=split)
   num_tokens = x.shape[0]
   # `shard_map` takes parts of one size only.
   more = -num_tokens % split.parts(split.tokens)
@@ -133,7 +115,7 @@ def expert_feed_forward(
     # Each part of the hidden width adds the bias; together they add it once.
     b_out = weights.b_out / hidden_parts
     weights = dataclasses.replace(weights, b_out=b_out)
-    executed = run(x, plan, weights, dropout=dropout)
+    executed = run(x, plan, weights, options, dropout)
     # An axis in front, along which the parts of a sum stand side by side.
     return executed.output[None], executed.num_dropped[None]
 
@@ -206,22 +188,20 @@ def _exchange(
   x: Float[Array, 'S D'],
   plan: Routing,
   weights: grouped_matmul.ExpertWeights,
-  *,
+  options: grouped_matmul.Options,
   dropout: ExpertDropout | None,
+  *,
   split: _Split,
-  activation: grouped_matmul.Activation,
-  executor: Executor,
-  capacity_factor: float | None,
-  block_size: int,
 ) -> grouped_matmul.Execution:
   """One device's part; `weights` are those of its experts only."""
   num_tokens, num_kept = plan.expert_index.shape
   num_devices = split.parts(split.experts)
   num_own = plan.num_experts // num_devices
-  name = grouped_matmul.choose(executor, num_tokens)
-  drops = name == 'capacity'
+  executor = grouped_matmul.choose(options.executor, num_tokens)
+  drops = executor == 'capacity'
+  factor = options.capacity_factor if drops else None
   capacity = capacity_lib.slots_per_expert(
-    num_tokens, num_kept, plan.num_experts, capacity_factor if drops else None
+    num_tokens, num_kept, plan.num_experts, factor
   )
   slots, num_dropped = capacity_lib.make_slots(plan, capacity)
   # Part i of the first axis goes to device i, and what arrives lies in the
@@ -233,41 +213,30 @@ def _exchange(
     concat_axis=0,
     tiled=True,
   )
-  # Slots stand expert after expert, so a device's are next to each other: they
-  # travel as [devices, own experts, C, D].
-  rows = permutation.dispatch(x, slots)
-  rows = travel(rows.reshape(num_devices, num_own, capacity, -1))
-  # What was sent to devices has come from devices: own experts first.
-  rows = jnp.swapaxes(rows, 0, 1)  # [own experts, devices, C, D]
-  numbers = None
-  if dropout is not None:
+
+  def receive(sent: Array) -> Array:
+    # Slots stand expert after expert, so a device's are next to each other:
+    # they travel as [devices, own experts, C, ...].
+    sent = sent.reshape(num_devices, num_own, capacity, *sent.shape[1:])
+    # What was sent to devices has come from devices: own experts first.
+    return jnp.swapaxes(travel(sent), 0, 1)  # [own experts, devices, C, ...]
+
+  rows = receive(permutation.dispatch(x, slots))
+  dropped = permutation.row_dropout(dropout, slots)
+  if dropped is not None:
     # The numbers of the pairs travel with them.
-    numbers = permutation.row_numbers(dropout.pairs, slots)
-    numbers = travel(numbers.reshape(num_devices, num_own, capacity))
-    numbers = jnp.swapaxes(numbers, 0, 1)  # [own experts, devices, C]
+    dropped = dataclasses.replace(dropped, rows=receive(dropped.rows))
   if drops:
     groups = rows.reshape(num_own, num_devices * capacity, -1)
-    row_dropout = None
-    if dropout is not None and numbers is not None:
-      row_dropout = dropout.of_rows(numbers.reshape(groups.shape[:2]))
-    output = capacity_lib.equal_groups(groups, weights, activation, row_dropout)
+    output = capacity_lib.equal_groups(
+      groups, weights, options.activation, dropped
+    )
   else:
     # With a slot for every token most are empty; executors that can skip them
     # are told which.
-    is_filled = travel(
-      (slots.source < num_tokens).reshape(num_devices, num_own, capacity)
-    )
-    if dropout is not None and numbers is not None:
-      dropout = dataclasses.replace(dropout, pairs=numbers.reshape(-1, 1))
-    output = _run_received(
-      rows,
-      jnp.swapaxes(is_filled, 0, 1),
-      weights,
-      dropout=dropout,
-      activation=activation,
-      executor=name,
-      block_size=block_size,
-    )
+    is_filled = receive(slots.source < num_tokens)
+    options = dataclasses.replace(options, executor=executor)
+    output = _run_received(rows, is_filled, weights, options, dropped)
   output = jnp.swapaxes(output.reshape(rows.shape), 0, 1)  # as it was sent
   output = travel(output).reshape(plan.num_experts * capacity, -1)  # [E * C, D]
   return grouped_matmul.Execution(
@@ -280,7 +249,8 @@ def _run_received(
   rows: Array,
   is_filled: Array,
   weights: grouped_matmul.ExpertWeights,
-  **options: Any,
+  options: grouped_matmul.Options,
+  dropout: RowDropout | None,
 ) -> Array:
   """Runs any executor on rows whose expert is known; empty ones cost little.
 
@@ -288,7 +258,8 @@ def _run_received(
     rows: (own experts, devices, C, D).
     is_filled: False for slots that stayed empty.
     weights: own experts.
-    **options: of the executor.
+    options: of the executor.
+    dropout: of the rows.
   """
   num_own = rows.shape[0]
   expert = jnp.arange(num_own, dtype=jnp.int32)[:, None, None]
@@ -301,6 +272,7 @@ def _run_received(
     num_experts=num_own,
   )
   flat = rows.reshape(-1, rows.shape[-1])
+  pairs = None if dropout is None else dropout.as_pairs()
   return grouped_matmul.expert_feed_forward(
-    flat, plan, weights, **options
+    flat, plan, weights, options, pairs
   ).output

@@ -80,17 +80,20 @@ class MoeFeedForward(nn.Module):
       top_k=config.top_k,
       router_type=config.router_type,
     )
-    executed = expert_parallel.expert_feed_forward(
-      tokens.astype(self.dtype),
-      plan,
-      self._separate_experts(width) if self.separate else self._experts(width),
+    options = grouped_matmul.Options(
       activation=activations.get(self.activation),
       executor=config.executor,
       # At evaluation nothing is dropped: a token's answer must not depend
       # on its neighbours in the batch.
       capacity_factor=config.capacity_factor if training else None,
       block_size=config.block_size,
-      dropout=self._dropout(num_tokens=tokens.shape[0]) if training else None,
+    )
+    executed = expert_parallel.expert_feed_forward(
+      tokens.astype(self.dtype),
+      plan,
+      self._separate_experts(width) if self.separate else self._experts(width),
+      options,
+      self._dropout(num_tokens=tokens.shape[0]) if training else None,
     )
     margin = routing.margins(logits, top_k=config.top_k)
     shape = (batch, frames, -1)

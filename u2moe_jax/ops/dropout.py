@@ -97,9 +97,30 @@ class RowDropout:
     rows = lax.dynamic_slice_in_dim(self.rows, start, size)
     return dataclasses.replace(self, rows=rows)
 
-  def __call__(self, hidden: Float[Array, '... M']) -> Float[Array, '... M']:
-    """Zeroes a share of the elements and scales up the others."""
-    return _drop(hidden, self)
+  def as_pairs(self) -> 'ExpertDropout':
+    """For a plan in which every row is a token with one expert."""
+    return ExpertDropout(
+      words=self.words,
+      pairs=self.rows.reshape(-1, 1),
+      first_unit=self.first_unit,
+      rate=self.rate,
+    )
+
+
+@typechecked
+def drop_units(
+  hidden: Float[Array, '... M'], dropout: RowDropout | None
+) -> Float[Array, '... M']:
+  """Zeroes a share of the elements and scales up the others.
+
+  Args:
+    hidden: the hidden units of rows.
+    dropout: for as many rows, in any shape; None changes nothing.
+  """
+  if dropout is None:
+    return hidden
+  rows = dropout.rows.reshape(hidden.shape[:-1])
+  return _drop(hidden, dataclasses.replace(dropout, rows=rows))
 
 
 @struct.dataclass

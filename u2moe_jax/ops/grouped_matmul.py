@@ -15,6 +15,7 @@ Each is a file of its name in `ops/executors`; to add one, add a file.
 """
 
 from collections.abc import Callable
+import dataclasses
 import importlib
 
 from flax import struct
@@ -86,6 +87,24 @@ class SeparateExpert:
 SeparateWeights = tuple[SeparateExpert, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How experts run.
+
+  Attributes:
+    activation: between the two layers.
+    executor: see the module docstring.
+    capacity_factor: slots per expert over the even share, for `capacity`;
+      None means as many as could ever be needed, so that nothing is dropped.
+    block_size: rows per block of `blocked`; 0 chooses by size.
+  """
+
+  activation: Activation
+  executor: Executor = 'auto'
+  capacity_factor: float | None = None
+  block_size: int = 0
+
+
 @struct.dataclass
 class Execution:
   """What an executor returns: outputs, and how many pairs it dropped."""
@@ -126,11 +145,7 @@ def expert_feed_forward(
   x: Float[Array, 'S D'],
   plan: Routing,
   weights: ExpertWeights | SeparateWeights,
-  *,
-  activation: Activation,
-  executor: Executor = 'auto',
-  capacity_factor: float | None = None,
-  block_size: int = 0,
+  options: Options,
   dropout: ExpertDropout | None = None,
 ) -> Execution:
   """Computes y_s = sum_j weight_sj FFN_index(s,j)(x_s), on one device.
@@ -141,11 +156,7 @@ def expert_feed_forward(
     x: tokens.
     plan: which experts each token visits; padded tokens visit none.
     weights: the experts.
-    activation: between the two layers.
-    executor: see the module docstring.
-    capacity_factor: slots per expert over the even share, for `capacity`;
-      None means as many as could ever be needed, so that nothing is dropped.
-    block_size: rows per block of `blocked`; 0 chooses by size.
+    options: the activation, and which executor.
     dropout: of the hidden units, behind the activation; None for none.
 
   Returns:
@@ -154,18 +165,10 @@ def expert_feed_forward(
   """
   # Parameters may be NumPy arrays, which a traced index cannot index.
   weights = jax.tree.map(jnp.asarray, weights)
-  name = choose(executor, x.shape[0])
+  name = choose(options.executor, x.shape[0])
   # Late, because executors import this module for its structs.
   module = importlib.import_module(f'u2moe_jax.ops.executors.{name}')
-  return module.run(
-    x,
-    plan,
-    weights,
-    activation=activation,
-    capacity_factor=capacity_factor,
-    block_size=block_size,
-    dropout=dropout,
-  )
+  return module.run(x, plan, weights, options, dropout)
 
 
 def nothing_dropped(output: Float[Array, 'S D']) -> Execution:

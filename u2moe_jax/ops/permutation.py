@@ -14,7 +14,8 @@ from u2moe_jax.array_types import Float
 from u2moe_jax.array_types import Int
 from u2moe_jax.array_types import Size
 from u2moe_jax.array_types import typechecked
-from u2moe_jax.array_types import UInt
+from u2moe_jax.ops.dropout import ExpertDropout
+from u2moe_jax.ops.dropout import RowDropout
 from u2moe_jax.ops.routing import Routing
 
 
@@ -61,10 +62,15 @@ def make_slots(position: Int[Array, 'S J'], num_rows: Size) -> Slots:
 
 
 @typechecked
-def row_numbers(numbers: UInt[Array, 'S J'], slots: Slots) -> UInt[Array, 'R']:
-  """The number of the pair in each row; 0 for an empty one."""
-  rows = jnp.zeros((slots.source.shape[0] + 1,), numbers.dtype)
-  return rows.at[slots.position.reshape(-1)].set(numbers.reshape(-1))[:-1]
+def row_dropout(
+  dropout: ExpertDropout | None, slots: Slots
+) -> RowDropout | None:
+  """Dropout goes where the pairs go; an empty row has number 0."""
+  if dropout is None:
+    return None
+  rows = jnp.zeros((slots.source.shape[0] + 1,), dropout.pairs.dtype)
+  position = slots.position.reshape(-1)
+  return dropout.of_rows(rows.at[position].set(dropout.pairs.reshape(-1))[:-1])
 
 
 def _take(rows: Array, index: Array) -> Array:

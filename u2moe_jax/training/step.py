@@ -74,23 +74,23 @@ def train_step(
     # With it, what is clipped may be a part of the gradients.
     options['norm'] = norm
 
-  def update(_: None) -> tuple[PyTree, PyTree]:
+  def update() -> tuple[PyTree, PyTree]:
     updates, opt_state = optax.with_extra_args_support(optimizer).update(
       gradients, state.opt_state, state.params, **options
     )
     return optax.apply_updates(state.params, updates), opt_state
 
-  def hold(_: None) -> tuple[PyTree, PyTree]:
+  def hold() -> tuple[PyTree, PyTree]:
     return state.params, state.opt_state
 
   buffers = result.outputs.encoder.buffers
   measured = result.metrics | {'gradient_norm': metrics.Mean.of(norm)}
   if not config.train.skip_nonfinite:
-    params, opt_state = update(None)
+    params, opt_state = update()
   else:
     # A part of weight 0 is counted, so that updates stay where they were.
     params, opt_state = (
-      update(None) if is_part else jax.lax.cond(finite, update, hold, None)
+      update() if is_part else jax.lax.cond(finite, update, hold)
     )
     buffers = jax.tree.map(
       lambda new, old: jnp.where(finite, new, old), buffers, state.buffers

@@ -64,9 +64,8 @@ def _value_and_gradients(problem, shape=None, rate=0.0, **options):
       x,
       plan,
       weights,
-      activation=jax.nn.silu,
-      dropout=_dropout(len(x), rate),
-      **options,
+      grouped_matmul.Options(jax.nn.silu, **options),
+      _dropout(len(x), rate),
     )
     return jnp.sum(executed.output * target), executed
 
@@ -169,7 +168,7 @@ def test_tokens_travel_only_where_experts_are_split(shape, kinds):
   def forward(x, logits, weights, mask):
     plan = routing.route(logits, mask, top_k=_KEPT, router_type='topk_softmax')
     return expert_parallel.expert_feed_forward(
-      x, plan, weights, activation=jax.nn.silu, executor='blocked'
+      x, plan, weights, grouped_matmul.Options(jax.nn.silu, executor='blocked')
     ).output
 
   with jax.set_mesh(mesh), nn.logical_axis_rules(rules.STANDARD):

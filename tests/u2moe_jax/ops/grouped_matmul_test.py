@@ -76,9 +76,8 @@ def _value_and_gradients(name, top_k=_KEPT, rate=0.0):
       x,
       _plan(logits, mask, top_k),
       weights,
-      activation=jax.nn.silu,
-      dropout=_dropout(top_k, rate),
-      **options,
+      grouped_matmul.Options(jax.nn.silu, **options),
+      _dropout(top_k, rate),
     ).output
     return jnp.sum(output * target), output
 
@@ -211,9 +210,9 @@ def test_capacity_drops_the_latest_and_counts_them(problem):
     x,
     _plan(logits, mask),
     weights,
-    activation=jax.nn.silu,
-    executor='capacity',
-    capacity_factor=1.0,
+    grouped_matmul.Options(
+      jax.nn.silu, executor='capacity', capacity_factor=1.0
+    ),
   )
   assert float(result.num_dropped) == 2 * (20 - 10)
   expected, _ = _run('dense', (x, logits, mask, weights))
@@ -228,9 +227,9 @@ def test_padding_takes_no_capacity(problem):
     x,
     _plan(logits, mask),
     weights,
-    activation=jax.nn.silu,
-    executor='capacity',
-    capacity_factor=0.6,
+    grouped_matmul.Options(
+      jax.nn.silu, executor='capacity', capacity_factor=0.6
+    ),
   )
   assert float(result.num_dropped) == 0
   expected, _ = _run('dense', (x, logits, mask, weights))
@@ -251,8 +250,7 @@ def test_tokamax_is_optional(problem, monkeypatch):
       x,
       _plan(logits, mask),
       weights,
-      activation=jax.nn.silu,
-      executor='tokamax',
+      grouped_matmul.Options(jax.nn.silu, executor='tokamax'),
     ).output
 
   monkeypatch.setitem(sys.modules, 'tokamax', None)  # not installed

@@ -3,8 +3,7 @@
 A file NAME.py here makes `executor=NAME` known to the config and to
 `grouped_matmul.expert_feed_forward`. It holds a function
 
-  run(x, plan, weights, *, activation, capacity_factor, block_size)
-    -> grouped_matmul.Execution
+  run(x, plan, weights, options, dropout) -> grouped_matmul.Execution
 
 whose arguments are those of `expert_feed_forward`.
 """

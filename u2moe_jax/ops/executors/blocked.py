@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from u2moe_jax.array_types import Array
 from u2moe_jax.array_types import Float
 from u2moe_jax.array_types import Int
+from u2moe_jax.ops import dropout as dropout_lib
 from u2moe_jax.ops import grouped_matmul
 from u2moe_jax.ops import permutation
 from u2moe_jax.ops import quantization
@@ -49,25 +50,25 @@ def run(
   x: Float[Array, 'S D'],
   plan: Routing,
   weights: grouped_matmul.ExpertWeights | grouped_matmul.SeparateWeights,
-  *,
-  activation: grouped_matmul.Activation,
-  capacity_factor: float | None,
-  block_size: int,
+  options: grouped_matmul.Options,
   dropout: ExpertDropout | None,
 ) -> grouped_matmul.Execution:
   """Sorts rows by expert and loops over blocks."""
-  del capacity_factor
+  block_size = options.block_size
   if block_size == 0:
     # By the mean, padding included: shapes are fixed before anything is routed.
     table = _SEPARATE if isinstance(weights, tuple) else _STACKED
     block_size = _choose_block_size(plan.weight.size / plan.num_experts, table)
   slots, blocks = _sort_into_blocks(plan, block_size)
   rows = permutation.dispatch(x, slots)
-  row_dropout = None
-  if dropout is not None:
-    numbers = permutation.row_numbers(dropout.pairs, slots)
-    row_dropout = dropout.of_rows(numbers)
-  rows = _run_blocks(activation, block_size, rows, weights, blocks, row_dropout)
+  rows = _run_blocks(
+    options.activation,
+    block_size,
+    rows,
+    weights,
+    blocks,
+    permutation.row_dropout(dropout, slots),
+  )
   output = permutation.combine(rows, plan.weight, slots)
   return grouped_matmul.nothing_dropped(output)
 
@@ -93,9 +94,9 @@ def _sort_into_blocks(
   # By the index and not by the weight, which may underflow to 0 for an expert
   # that was kept, and has a gradient all the same.
   real = plan.expert_index < num_experts
-  # In blocks. Padded pairs borrow the last expert's; below they get no row.
-  first_row = start[jnp.minimum(plan.expert_index, num_experts - 1)]
-  row = first_row * block_size + rank
+  # Padded pairs borrow the last expert's block; below they get no row.
+  first_block = start[jnp.minimum(plan.expert_index, num_experts - 1)]
+  row = first_block * block_size + rank
   position = jnp.where(real, row, num_rows).astype(jnp.int32)
   blocks = _Blocks(start=start.astype(jnp.int32), end=end.astype(jnp.int32))
   return permutation.make_slots(position, num_rows), blocks
@@ -118,18 +119,13 @@ def _over_blocks(
   return jax.lax.fori_loop(blocks.start[e], blocks.end[e], body, init)
 
 
-def _activate(
-  activation: grouped_matmul.Activation,
-  block_size: int,
-  dropout: RowDropout | None,
-  i: Array,
-  before: Array,
-):
-  """The hidden values of block i, dropout included."""
-  hidden = activation(before)
-  if dropout is None:
-    return hidden
-  return dropout.block(i * block_size, block_size)(hidden)
+def _drop(
+  block_size: int, dropout: RowDropout | None, i: Array, hidden: Array
+) -> Array:
+  """Dropout of the hidden values of block i."""
+  if dropout is not None:
+    dropout = dropout.block(i * block_size, block_size)
+  return dropout_lib.drop_units(hidden, dropout)
 
 
 # The loops run over the blocks in use, counts known only at run time, which
@@ -143,11 +139,12 @@ def _run_blocks(
   blocks: _Blocks,
   dropout: RowDropout | None,
 ):
-  activate = functools.partial(_activate, activation, block_size, dropout)
+  drop = functools.partial(_drop, block_size, dropout)
 
   def run_rows(expert: grouped_matmul.OneExpert, i: Array, out: Array):
     row = _block(rows, i, block_size)  # [rows of a block, D]
-    hidden = activate(i, row @ expert.w_in + expert.b_in[None])
+    hidden = activation(row @ expert.w_in + expert.b_in[None])
+    hidden = drop(i, hidden)
     return _set_block(out, i, hidden @ expert.w_out + expert.b_out[None])
 
   def run_columns(expert: grouped_matmul.SeparateExpert, i: Array, out: Array):
@@ -155,7 +152,9 @@ def _run_blocks(
     # is transposed, [D or M, rows of a block], as the matrices are.
     columns = jax.lax.optimization_barrier(_block(rows, i, block_size).T)
     hidden = quantization.matmul(expert.w_in, columns) + expert.b_in[:, None]
-    columns = quantization.matmul(expert.w_out, activate(i, hidden.T).T)
+    # Units are dropped in rows; without dropout the transposes vanish.
+    hidden = drop(i, activation(hidden).T).T
+    columns = quantization.matmul(expert.w_out, hidden)
     columns = jax.lax.optimization_barrier(columns + expert.b_out[:, None])
     return _set_block(out, i, columns.T)
 
@@ -196,7 +195,7 @@ def _run_blocks_backward(
   d_out: Float[Array, 'R D'],
 ):
   rows, weights, blocks, dropout = residuals
-  activate = functools.partial(_activate, activation, block_size, dropout)
+  drop = functools.partial(_drop, block_size, dropout)
 
   def gradients(expert: grouped_matmul.OneExpert, i: Array, carry: Any):
     """Writes the rows' gradient of a block, adds that of the weights."""
@@ -204,7 +203,7 @@ def _run_blocks_backward(
     row, d_row_out = _block(rows, i, block_size), _block(d_out, i, block_size)
     # Computed again: it would take M / D times the memory of the rows.
     before = row @ expert.w_in + expert.b_in[None]
-    hidden, pull_back = jax.vjp(functools.partial(activate, i), before)
+    hidden, pull_back = jax.vjp(lambda x: drop(i, activation(x)), before)
     (d_before,) = pull_back(d_row_out @ expert.w_out.T)
     # As products: XLA:CPU makes of sums over rows what took a tenth of a step.
     ones = jnp.ones((block_size,), rows.dtype)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from u2moe_jax.array_types import Array
 from u2moe_jax.array_types import Float
 from u2moe_jax.array_types import typechecked
+from u2moe_jax.ops import dropout as dropout_lib
 from u2moe_jax.ops import grouped_matmul
 from u2moe_jax.ops import permutation
 from u2moe_jax.ops.dropout import ExpertDropout
@@ -68,8 +69,7 @@ def equal_groups(
   """Each expert's two layers on its rows; an empty row gives anything."""
   hidden = jnp.einsum('ECD,EDM->ECM', rows, weights.w_in)  # [E, C, M]
   hidden = activation(hidden + weights.b_in[:, None])
-  if dropout is not None:
-    hidden = dropout(hidden)
+  hidden = dropout_lib.drop_units(hidden, dropout)
   output = jnp.einsum('ECM,EMD->ECD', hidden, weights.w_out)
   return output + weights.b_out[:, None]
 
@@ -78,27 +78,22 @@ def run(
   x: Float[Array, 'S D'],
   plan: Routing,
   weights: grouped_matmul.ExpertWeights | grouped_matmul.SeparateWeights,
-  *,
-  activation: grouped_matmul.Activation,
-  capacity_factor: float | None,
-  block_size: int,
+  options: grouped_matmul.Options,
   dropout: ExpertDropout | None,
 ) -> grouped_matmul.Execution:
   """Fills the slots, multiplies, and counts what found none."""
-  del block_size
   num_tokens, num_kept = plan.expert_index.shape
   capacity = slots_per_expert(
-    num_tokens, num_kept, plan.num_experts, capacity_factor
+    num_tokens, num_kept, plan.num_experts, options.capacity_factor
   )
   slots, num_dropped = make_slots(plan, capacity)
   rows = permutation.dispatch(x, slots)
   rows = rows.reshape(plan.num_experts, capacity, -1)  # [E, C, D]
-  row_dropout = None
-  if dropout is not None:
-    numbers = permutation.row_numbers(dropout.pairs, slots)
-    row_dropout = dropout.of_rows(numbers.reshape(rows.shape[:2]))
   rows = equal_groups(
-    rows, grouped_matmul.stacked(weights), activation, row_dropout
+    rows,
+    grouped_matmul.stacked(weights),
+    options.activation,
+    permutation.row_dropout(dropout, slots),
   )
   # Empty slots hold what biases make of zeros; no pair points there.
   rows = rows.reshape(plan.num_experts * capacity, -1)  # [E * C, D]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from u2moe_jax.array_types import Array
 from u2moe_jax.array_types import Float
+from u2moe_jax.ops import dropout as dropout_lib
 from u2moe_jax.ops import grouped_matmul
 from u2moe_jax.ops import permutation
 from u2moe_jax.ops.dropout import ExpertDropout
@@ -24,22 +25,18 @@ def run(
   x: Float[Array, 'S D'],
   plan: Routing,
   weights: grouped_matmul.ExpertWeights | grouped_matmul.SeparateWeights,
-  *,
-  activation: grouped_matmul.Activation,
-  capacity_factor: float | None,
-  block_size: int,
+  options: grouped_matmul.Options,
   dropout: ExpertDropout | None,
 ) -> grouped_matmul.Execution:
   """Multiplies sorted rows by `lax.ragged_dot`."""
-  del capacity_factor, block_size
-  return run_sorted(x, plan, weights, activation, dropout, jax.lax.ragged_dot)
+  return run_sorted(x, plan, weights, options, dropout, jax.lax.ragged_dot)
 
 
 def run_sorted(
   x: Float[Array, 'S D'],
   plan: Routing,
   weights: grouped_matmul.ExpertWeights | grouped_matmul.SeparateWeights,
-  activation: grouped_matmul.Activation,
+  options: grouped_matmul.Options,
   dropout: ExpertDropout | None,
   ragged_dot: RaggedDot,
 ) -> grouped_matmul.Execution:
@@ -62,11 +59,9 @@ def run_sorted(
   expert = jnp.minimum(pair_expert[order], num_experts - 1)
   rows = permutation.dispatch(x, slots)
   hidden = ragged_dot(rows, weights.w_in, sizes) + weights.b_in[expert]
-  hidden = activation(hidden)
-  if dropout is not None:
-    hidden = dropout.of_rows(permutation.row_numbers(dropout.pairs, slots))(
-      hidden
-    )
+  hidden = dropout_lib.drop_units(
+    options.activation(hidden), permutation.row_dropout(dropout, slots)
+  )
   rows = ragged_dot(hidden, weights.w_out, sizes)
   rows += weights.b_out[expert]
   output = permutation.combine(rows, plan.weight, slots)

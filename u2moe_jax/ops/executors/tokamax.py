@@ -19,10 +19,7 @@ def run(
   x: Float[Array, 'S D'],
   plan: Routing,
   weights: grouped_matmul.ExpertWeights | grouped_matmul.SeparateWeights,
-  *,
-  activation: grouped_matmul.Activation,
-  capacity_factor: float | None,
-  block_size: int,
+  options: grouped_matmul.Options,
   dropout: ExpertDropout | None,
 ) -> grouped_matmul.Execution:
   """Multiplies sorted rows by `tokamax.ragged_dot`.
@@ -30,7 +27,6 @@ def run(
   Raises:
     config_lib.ConfigError: if tokamax is not installed.
   """
-  del capacity_factor, block_size
   try:
     tokamax = importlib.import_module('tokamax')
   except ImportError:
@@ -39,5 +35,5 @@ def run(
       'pip install -r requirements-tokamax.txt, or set moe.executor=auto'
     ) from None
   return ragged.run_sorted(
-    x, plan, weights, activation, dropout, tokamax.ragged_dot
+    x, plan, weights, options, dropout, tokamax.ragged_dot
   )
