@@ -292,6 +292,12 @@ class EncoderConfig:
       f'encoder.num_heads={self.num_heads} does not divide '
       f'encoder.model_dim={self.model_dim}',
     )
+    _require(
+      self.position != 'rope_pos' or self.model_dim // self.num_heads % 2 == 0,
+      'encoder.position=rope_pos turns pairs of channels, but a head has '
+      f'{self.model_dim // self.num_heads} '
+      '(encoder.model_dim / encoder.num_heads)',
+    )
     # What looks to both sides needs a middle.
     _require(
       self.causal_conv or self.conv_kernel % 2 == 1,

@@ -16,7 +16,7 @@ OK = 0
 FAILED = 1  # a check said no
 BAD_INPUT = 2  # a flag, key, file or line cannot be used; one line says which
 INTERRUPTED = 3  # stopped by a signal, after saving
-NO_SPACE = 4  # the disk is full or read-only
+NO_SPACE = 4  # a file cannot be read or written, as on a full disk
 GAVE_UP = 5  # numbers that are none, or too little memory: trying again is vain
 
 

@@ -219,8 +219,8 @@ def _require_same_run(config: config_lib.Config, workdir: pathlib.Path) -> None:
   changed = [
     key
     for key in differences(old, config_lib.to_dict(config))
-    # By prefix: `decode` and `mesh` stand for all of their keys.
-    if not key.startswith(_MAY_CHANGE)
+    # `decode` and `mesh` stand for all of their keys.
+    if not any(f'{key}.'.startswith(f'{name}.') for name in _MAY_CHANGE)
   ]
   if changed:
     raise config_lib.ConfigError(

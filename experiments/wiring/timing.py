@@ -10,6 +10,7 @@ import jax
 _T = TypeVar('_T')
 # JAX reports it whenever the backend has made a program.
 _COMPILE_EVENT = '/jax/core/compile/backend_compile_duration'
+_MOST_CALLS = 5
 _compilations = 0
 
 
@@ -38,13 +39,16 @@ def warm(function: Callable[[], _T]) -> tuple[_T, float]:
     function: without side effects, returning host values.
 
   Returns:
-    Its result, and the seconds of a call that compiled nothing.
+    Its result, and the seconds of a call that compiled nothing; of the last
+    one if each compiled something.
   """
-  # As a rule twice at most: the second call finds all programs made.
-  while True:
+  # As a rule twice: the second call finds all programs made. What compiles in
+  # every call has no warm time, and must not be called for ever.
+  for _ in range(_MOST_CALLS):
     before = num_compilations()
     begun = time.perf_counter()
     result = function()
     seconds = time.perf_counter() - begun
     if num_compilations() == before:
-      return result, seconds
+      break
+  return result, seconds

@@ -240,7 +240,14 @@ def _dev_batches(
     skipped += host.skipped
     dev.append((host.arrays, [resources.dev.text(i) for i in indices]))
   # Each host has opened only its rows, and each must know of all.
-  resources.skips.add(skips_lib.shared(skipped), split='dev')
+  unusable = skips_lib.shared(skipped)
+  resources.skips.add(unusable, split='dev')
+  if len(unusable) == sum(len(texts) for _, texts in dev):
+    # Its error rate would be 0, which is better than any.
+    raise pipeline.NoDataError(
+      f'no utterance of {resources.config.data.dev} can be read; '
+      'skipped.jsonl in the work directory tells of each why'
+    )
   return dev
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from data_pipelines import pipeline
 from data_pipelines import synthetic
 from experiments.configs import tiny
 from experiments.wiring import training
@@ -130,6 +131,17 @@ def test_exactly_the_bad_ones_are_named(manifest, tmp_path, monkeypatch):
   assert np.isfinite(last['loss'])
   assert last['skipped_updates'] == 0
   assert any('120 utterances left out' in text for text in warnings)
+
+
+def test_a_dev_set_that_cannot_be_read_is_refused(manifest, tmp_path):
+  unreadable = manifest.parent / 'dev.jsonl'
+  lines = manifest.read_text().splitlines()
+  unreadable.write_text('\n'.join(x for x in lines if '"truncated-' in x))
+  config = _config(manifest, **{'data.dev': str(unreadable)})
+  with pytest.raises(pipeline.NoDataError, match='dev.jsonl can be read'):
+    training.train(config, tmp_path)
+  found = _lines(tmp_path / 'skipped.jsonl')
+  assert sum(line['split'] == 'dev' for line in found) == _NUM_OF_EACH
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,13 @@ def test_an_even_kernel_needs_a_causal_convolution():
     config_lib.EncoderConfig(conv_kernel=8, causal_conv=False)
 
 
+def test_rotation_needs_pairs_of_channels():
+  config_lib.EncoderConfig(model_dim=24, num_heads=4, position='rope_pos')
+  config_lib.EncoderConfig(model_dim=20, num_heads=4)
+  with pytest.raises(config_lib.ConfigError, match='a head has 5'):
+    config_lib.EncoderConfig(model_dim=20, num_heads=4, position='rope_pos')
+
+
 def test_special_ids():
   with pytest.raises(config_lib.ConfigError, match='blank_id=7'):
     config_lib.ModelConfig(vocab_size=7, blank_id=7)

@@ -76,7 +76,7 @@ class Counters:
   Attributes:
     skipped_updates: steps whose loss or gradient was not finite.
     audio_seconds: sound trained on.
-    seconds: time spent on steps that were saved.
+    seconds: time spent on steps, neither evaluating nor saving.
   """
 
   skipped_updates: int = 0
@@ -100,6 +100,11 @@ class _Window:
   num_flops: float = 0.0
   num_steps: int = 0
   begun: float = dataclasses.field(default_factory=time.monotonic)
+  counted: float = 0.0  # of its time, in `Counters.seconds` already
+
+  @property
+  def spent(self) -> float:
+    return time.monotonic() - self.begun
 
 
 @dataclasses.dataclass
@@ -316,10 +321,13 @@ class Trainer:
       self.skips.add(skips_lib.shared(own.skipped))
 
   def _take_pending(self) -> None:
-    """Waits for the step that was dispatched last."""
+    """Waits for the step that was dispatched last; the counters are whole."""
     if self._pending is not None:
       pending, self._pending = self._pending, None
       self._take(pending)
+    spent = self._window.spent
+    self.counters.seconds += spent - self._window.counted
+    self._window.counted = spent
 
   def _take(self, dispatched: _Dispatched) -> None:
     """Fetches the results of a step, and counts what is not finite."""
@@ -361,8 +369,7 @@ class Trainer:
     # Saves run in the background: a full disk shows here, not at the end.
     self.store.check()
     window, self._window = self._window, _Window()
-    spent = time.monotonic() - window.begun
-    self.counters.seconds += spent
+    spent = window.counted
     values: dict[str, Any] = dict(metrics_lib.compute(window.metrics or {}))
     values |= reporter_lib.expert_load(values)
     values['audio_seconds_per_second'] = window.seconds / spent
@@ -376,9 +383,11 @@ class Trainer:
         values['mfu'] = window.num_flops / spent / self.peak_flops
     reporter.write(step, 'train', values)
     reporter.say(step, reporter_lib.train_line(values))
-    alarm = self._idle_experts.update(step, values)
-    if alarm is not None:
-      reporter.say(step, alarm)
+    # Where every update was skipped nothing was counted, loads neither.
+    if values.get('skipped', 0.0) < 1.0:
+      alarm = self._idle_experts.update(step, values)
+      if alarm is not None:
+        reporter.say(step, alarm)
 
   def _evaluate(
     self, step: int, reporter: reporter_lib.Reporter

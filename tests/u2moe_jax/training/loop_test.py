@@ -59,11 +59,14 @@ class _Fake:
     loss=lambda step: 1.0,
     start=None,
     options=None,
+    step_seconds=0.0,
+    more=lambda step: {},
     **train,
   ):
     self.numbers, self.waited = [], 0
     self.stop_at, self.loss = stop_at, loss
     self.stop_evaluation = stop_evaluation
+    self.step_seconds, self.more = step_seconds, more
     self.store = store_lib.Store(workdir, keep_last=9)
     self.trainer = loop.Trainer(
       config=config_lib.Config(
@@ -88,6 +91,7 @@ class _Fake:
 
   def _step(self, state, arrays):
     number = int(arrays['number'])
+    time.sleep(self.step_seconds)
     self.numbers.append(number)
     if number + 1 == self.stop_at:
       os.kill(os.getpid(), signal.SIGTERM)
@@ -96,6 +100,7 @@ class _Fake:
       'loss_ctc': 2.0,
       'gradient_norm': 1.0,
       'learning_rate': 0.1,
+      **self.more(number + 1),
     }
     state = dataclasses.replace(
       state, step=state.step + 1, params={'w': state.params['w'] + number}
@@ -219,6 +224,47 @@ def test_keys_and_counters_are_kept(tmp_path):
   assert loop.Counters.of(restored.progress).audio_seconds == 3.0
   assert loop.Counters.of({'step': 3}) == loop.Counters()
   fake.store.close()
+
+
+def test_time_is_counted_with_every_save(tmp_path):
+  """Also of the steps behind the last line."""
+  fake = _Fake(
+    tmp_path, num_steps=4, save_every=2, log_every=100, step_seconds=0.02
+  )
+  assert fake.trainer.run() is True
+  target = store_lib.as_abstract(fake.trainer.state)
+  seconds = []
+  for step in (2, 4):
+    restored = fake.store.restore(
+      step, params=target.params, buffers={}, opt_state=target.opt_state
+    )
+    seconds.append(loop.Counters.of(restored.progress).seconds)
+  assert seconds[0] >= 2 * 0.02
+  assert seconds[1] - seconds[0] >= 2 * 0.02
+  # Saving is no part of it.
+  assert fake.trainer.counters.seconds < seconds[1] + 0.02
+  fake.store.close()
+
+
+@pytest.mark.parametrize('skipped', [0.0, 1.0])
+def test_skipped_updates_are_no_evidence_of_idle_experts(
+  tmp_path, capsys, skipped
+):
+  def more(step):
+    del step
+    return {'skipped': skipped, 'load/ffn': np.zeros((1, 2))}
+
+  fake = _Fake(
+    tmp_path,
+    num_steps=3,
+    log_every=1,
+    idle_expert_steps=2,
+    max_nonfinite=0,
+    more=more,
+  )
+  fake.trainer.run()
+  fake.store.close()
+  assert ('idle for 2 steps' in capsys.readouterr().out) == (not skipped)
 
 
 def test_a_trace_of_some_steps_is_written(tmp_path):
