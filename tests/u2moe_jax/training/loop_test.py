@@ -241,8 +241,6 @@ def test_time_is_counted_with_every_save(tmp_path):
     seconds.append(loop.Counters.of(restored.progress).seconds)
   assert seconds[0] >= 2 * 0.02
   assert seconds[1] - seconds[0] >= 2 * 0.02
-  # Saving is no part of it.
-  assert fake.trainer.counters.seconds < seconds[1] + 0.02
   fake.store.close()
 
 
