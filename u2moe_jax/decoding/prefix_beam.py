@@ -262,21 +262,6 @@ def advance(
   return jax.vmap(run)(state, values, ids, mask)
 
 
-def grow(state: BeamState, max_tokens: int) -> BeamState:
-  """Makes room for longer prefixes; what is known stays.
-
-  Args:
-    state: the state so far.
-    max_tokens: the new longest prefix, at least the old one.
-  """
-  missing = max_tokens - state.tokens.shape[-1]
-  widths = ((0, 0),) * 3 + ((0, missing),)
-  pad = lambda history: jnp.pad(history, widths, constant_values=-1)
-  return dataclasses.replace(
-    state, tokens=pad(state.tokens), times=pad(state.times)
-  )
-
-
 @typechecked
 def finish(
   state: BeamState,

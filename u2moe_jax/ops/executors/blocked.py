@@ -33,7 +33,6 @@ from u2moe_jax.ops.routing import Routing
 _STACKED = ((24, 16), (96, 32), (256, 128), (float('inf'), 256))
 _SEPARATE = ((12, 8), (24, 16), (400, 32), (float('inf'), 128))
 
-
 # What a block of a stack leaves is covered by halves and quarters of it.
 _HALVINGS = 2
 
