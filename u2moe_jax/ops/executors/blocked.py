@@ -33,8 +33,9 @@ from u2moe_jax.ops.routing import Routing
 _STACKED = ((24, 16), (96, 32), (256, 128), (float('inf'), 256))
 _SEPARATE = ((12, 8), (24, 16), (400, 32), (float('inf'), 128))
 
-# What a block of a stack leaves is covered by halves and quarters of it.
-_HALVINGS = 2
+# What a block of a stack leaves is covered by halves and quarters of it, down to
+# so many rows; below, reading the weights takes longer than multiplying.
+_HALVINGS, _SMALLEST = 2, 16
 
 
 @struct.dataclass
@@ -92,10 +93,10 @@ def _block_sizes(
   if isinstance(weights, tuple):
     # Each size is a loop more for each expert, to be compiled.
     return (block_size,)
-  sizes = [block_size >> i for i in range(_HALVINGS + 1)]
-  *large, smallest = (size for size in sizes if size)
+  halves = (block_size >> i for i in range(1, _HALVINGS + 1))
+  sizes = [block_size, *(size for size in halves if size >= _SMALLEST)]
   # No block is larger than the buffer, loops that never run included.
-  return *(size for size in large if size <= num_pairs), smallest
+  return *(size for size in sizes[:-1] if size <= num_pairs), sizes[-1]
 
 
 def _sort_by_expert(
