@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from u2moe_jax.array_types import Array
 from u2moe_jax.array_types import Float
 from u2moe_jax.array_types import typechecked
+from u2moe_jax.ops import products
 
 
 @typechecked
@@ -58,4 +59,4 @@ def conv2d(
   # Channels keep an axis of their own, so that a mesh can split them.
   patches = jnp.stack(taps, axis=-2)  # [B, T, F, W * W, D_in]
   # Over taps and channels at once; the kernel as [W * W, D_in, D].
-  return jnp.tensordot(patches, kernel.reshape(-1, *kernel.shape[2:]), 2)
+  return products.tensordot(patches, kernel.reshape(-1, *kernel.shape[2:]), 2)

@@ -23,6 +23,7 @@ from u2moe_jax.array_types import Array
 from u2moe_jax.array_types import Float
 from u2moe_jax.array_types import Int8
 from u2moe_jax.array_types import typechecked
+from u2moe_jax.ops import products
 
 # Not -128: in a symmetric range zero stays zero without an offset.
 _LARGEST = 127
@@ -81,7 +82,7 @@ def tensordot(
 ) -> Float[Array, '...']:
   """Sums over the last `contract` axes of x and the first of the kernel."""
   if not isinstance(kernel, Int8Matrix):
-    return jnp.tensordot(x, kernel, axes=contract)
+    return products.tensordot(x, kernel, contract)
   batch = x.shape[: x.ndim - contract]
   num_inputs = math.prod(x.shape[x.ndim - contract :])
   rows, scale = _quantize_along(x.reshape(-1, num_inputs), axis=1)
