@@ -13,6 +13,7 @@ from u2moe_jax import config as config_lib
 from u2moe_jax.ops import dropout
 from u2moe_jax.ops import grouped_matmul
 from u2moe_jax.ops import routing
+from u2moe_jax.ops.executors import blocked
 
 _TOKENS, _EXPERTS, _KEPT, _WIDTH, _HIDDEN = 26, 5, 2, 6, 9
 _IDLE = 3  # an expert that no token visits
@@ -139,6 +140,46 @@ def test_executor_agrees_with_dense_when_every_expert_is_kept(problem, name):
   _assert_close(
     _run(name, problem, top_k=_EXPERTS), _run('dense', problem, top_k=_EXPERTS)
   )
+
+
+@pytest.mark.parametrize('large', [1, 2**18])
+def test_blocks_cover_experts_of_any_size(monkeypatch, large):
+  """By whole blocks, by a part of one, by both, or by none."""
+  monkeypatch.setattr(blocked, '_LARGE', large)
+  counts = np.array([130, 0, 1, 16, 17, 64, 65, 40])
+  rng = np.random.default_rng(3)
+  expert = rng.permutation(np.repeat(np.arange(len(counts)), counts))
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  weights = grouped_matmul.ExpertWeights(
+    w_in=draw(len(counts), _WIDTH, _HIDDEN),
+    b_in=draw(len(counts), _HIDDEN),
+    w_out=draw(len(counts), _HIDDEN, _WIDTH),
+    b_out=draw(len(counts), _WIDTH),
+  )
+  logits = 9.0 * jax.nn.one_hot(expert, len(counts))
+  plan = _plan(logits, jnp.ones(len(expert), bool), top_k=1)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def run(executor, x, weights, target):
+    options = grouped_matmul.Options(
+      jax.nn.silu, executor=executor, block_size=64
+    )
+
+    def loss(x, weights):
+      output = grouped_matmul.expert_feed_forward(
+        x, plan, weights, options
+      ).output
+      return jnp.sum(output * target), output
+
+    return jax.value_and_grad(loss, (0, 1), has_aux=True)(x, weights)
+
+  x, target = draw(len(expert), _WIDTH), draw(len(expert), _WIDTH)
+  (_, output), gradients = run('blocked', x, weights, target)
+  (_, expected), expected_gradients = run('dense', x, weights, target)
+  _assert_close(output, expected)
+  # Sums over up to 130 rows.
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-4)
+  jax.tree.map(close, gradients, expected_gradients)
 
 
 def test_a_swapped_expert_is_noticed(problem):

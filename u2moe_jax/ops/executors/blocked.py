@@ -9,6 +9,7 @@ turns in that order, so the next one writes over it.
 
 from collections.abc import Callable
 import functools
+import math
 from typing import Any
 
 from flax import struct
@@ -33,13 +34,15 @@ from u2moe_jax.ops.routing import Routing
 _STACKED = ((24, 16), (96, 32), (256, 128), (float('inf'), 256))
 _SEPARATE = ((12, 8), (24, 16), (400, 32), (float('inf'), 128))
 
-# What a block of a stack leaves is covered by halves and quarters of it, down to
-# so many rows; below, reading the weights takes longer than multiplying.
-_HALVINGS, _SMALLEST = 2, 16
+# What whole blocks of a stack leave is covered by one block of as many parts of
+# theirs as it takes, and of no fewer rows than these; below, reading the weights
+# takes longer than multiplying. Each part is a loop to compile, forward and
+# backward: more than two pay where a matrix is so large.
+_PARTS, _PARTS_OF_LARGE, _LARGE, _SMALLEST = 2, 4, 2**18, 16
 
 
 @struct.dataclass
-class _Rows:
+class _Ranges:
   """Which rows each expert has.
 
   Attributes:
@@ -65,13 +68,13 @@ def run(
     table = _SEPARATE if isinstance(weights, tuple) else _STACKED
     block_size = _choose_block_size(plan.weight.size / plan.num_experts, table)
   sizes = _block_sizes(block_size, plan.weight.size, weights)
-  slots, held = _sort_by_expert(plan, sizes[-1])
+  slots, ranges = _sort_by_expert(plan, sizes[-1])
   rows = _run_blocks(
     options.activation,
     sizes,
     permutation.dispatch(x, slots),
     weights,
-    held,
+    ranges,
     permutation.row_dropout(dropout, slots),
   )
   output = permutation.combine(rows, plan.weight, slots)
@@ -89,19 +92,21 @@ def _block_sizes(
   num_pairs: int,
   weights: grouped_matmul.ExpertWeights | grouped_matmul.SeparateWeights,
 ) -> tuple[int, ...]:
-  """Rows of the blocks, largest first."""
+  """Rows of the blocks, largest first, in equal steps."""
   if isinstance(weights, tuple):
-    # Each size is a loop more for each expert, to be compiled.
+    # They have loops of their own: all sizes would be compiled for each expert.
     return (block_size,)
-  halves = (block_size >> i for i in range(1, _HALVINGS + 1))
-  sizes = [block_size, *(size for size in halves if size >= _SMALLEST)]
-  # No block is larger than the buffer, loops that never run included.
-  return *(size for size in sizes[:-1] if size <= num_pairs), sizes[-1]
+  _, *matrix = weights.w_in.shape
+  parts = _PARTS_OF_LARGE if math.prod(matrix) >= _LARGE else _PARTS
+  # A block is never larger than the buffer, not even one that never runs.
+  step = max(block_size // parts, min(_SMALLEST, block_size))
+  largest = min(block_size // step, -(-num_pairs // step)) * step
+  return tuple(range(largest, 0, -step))
 
 
 def _sort_by_expert(
   plan: Routing, reach: int
-) -> tuple[permutation.Slots, _Rows]:
+) -> tuple[permutation.Slots, _Ranges]:
   """Gives each pair a row; behind all of them are `reach` empty ones."""
   num_experts = plan.num_experts
   num_rows = plan.weight.size + reach
@@ -114,8 +119,8 @@ def _sort_by_expert(
   # Padded pairs borrow the last expert's first row; below they get none.
   row = start[jnp.minimum(plan.expert_index, num_experts - 1)] + rank
   position = jnp.where(real, row, num_rows).astype(jnp.int32)
-  held = _Rows(start=start.astype(jnp.int32), end=end.astype(jnp.int32))
-  return permutation.make_slots(position, num_rows), held
+  ranges = _Ranges(start=start.astype(jnp.int32), end=end.astype(jnp.int32))
+  return permutation.make_slots(position, num_rows), ranges
 
 
 def _block(array: Array, first: Array, size: int) -> Array:
@@ -129,25 +134,43 @@ def _set_block(array: Array, first: Array, value: Array) -> Array:
 
 
 def _over_blocks(
-  body: Callable[[Array, int, Any], Any],
+  first: Callable[[Array, int, Any], Any],
+  other: Callable[[Array, int, Any], Any],
   sizes: tuple[int, ...],
-  held: _Rows,
+  ranges: _Ranges,
   e: Array | int,
   carry: Any,
 ):
-  """Runs `body(first row, rows, carry)` over blocks that cover an expert."""
-  first, end = held.start[e], held.end[e]
-  for size in sizes:
-    # The smallest size covers what is left, and more.
-    whole = (end - first) // size
-    count = whole if size > sizes[-1] else -(-(end - first) // size)
+  """Runs bodies (first row, rows, carry) over blocks that cover an expert.
 
-    def body_of(i: Array, carry: Any, first: Array = first, size: int = size):
-      return body(first + i * size, size, carry)
+  Args:
+    first: of one block, the one that is not whole; of none if there are no
+      rows.
+    other: of each other block.
+    sizes: rows of the blocks; with one size all blocks are `other` ones.
+    ranges: rows of the experts.
+    e: the expert.
+    carry: what the bodies take and return.
+  """
+  start, end, largest = ranges.start[e], ranges.end[e], sizes[0]
 
-    carry = jax.lax.fori_loop(0, count, body_of, carry)
-    first += count * size
-  return carry
+  def body_of(body: Callable[..., Any], start: Array, size: int):
+    # With a start that does not depend on the counter XLA would take the work
+    # out of a loop that seldom runs, and do it always.
+    return lambda i, carry: body(start + i * size, size, carry)
+
+  if len(sizes) == 1:
+    count = -(-(end - start) // largest)
+    return jax.lax.fori_loop(0, count, body_of(other, start, largest), carry)
+  num_whole = jnp.maximum(end - start - 1, 0) // largest
+  rest = start + num_whole * largest
+  # One of these loops runs, and once. Before the others: it may write behind the
+  # expert's last row, they do not.
+  for size, smaller in zip(sizes, (*sizes[1:], 0), strict=True):
+    fits = (smaller < end - rest) & (end - rest <= size)
+    body = body_of(first, rest, size)
+    carry = jax.lax.fori_loop(0, fits.astype(jnp.int32), body, carry)
+  return jax.lax.fori_loop(0, num_whole, body_of(other, start, largest), carry)
 
 
 def _drop(dropout: RowDropout | None, first: Array, hidden: Array) -> Array:
@@ -165,7 +188,7 @@ def _run_blocks(
   sizes: tuple[int, ...],
   rows: Float[Array, 'R D'],
   weights: grouped_matmul.ExpertWeights | grouped_matmul.SeparateWeights,
-  held: _Rows,
+  ranges: _Ranges,
   dropout: RowDropout | None,
 ):
   drop = functools.partial(_drop, dropout)
@@ -195,16 +218,16 @@ def _run_blocks(
     # A loop written out for each expert: its weights are read where they lie.
     for e, expert in enumerate(weights):
       run_one = functools.partial(run_columns, expert)
-      out = _over_blocks(run_one, sizes, held, e, out)
+      out = _over_blocks(run_one, run_one, sizes, ranges, e, out)
     return out
 
   def run_expert(e: Array, out: Array):
     # A loop in a loop: the slice of the stack is copied once for all blocks.
     expert = grouped_matmul.one_expert(weights, e)
     run_one = functools.partial(run_rows, expert)
-    return _over_blocks(run_one, sizes, held, e, out)
+    return _over_blocks(run_one, run_one, sizes, ranges, e, out)
 
-  return jax.lax.fori_loop(0, len(held.end), run_expert, out)
+  return jax.lax.fori_loop(0, len(ranges.end), run_expert, out)
 
 
 def _run_blocks_forward(
@@ -212,12 +235,12 @@ def _run_blocks_forward(
   sizes: tuple[int, ...],
   rows: Float[Array, 'R D'],
   weights: grouped_matmul.ExpertWeights | grouped_matmul.SeparateWeights,
-  held: _Rows,
+  ranges: _Ranges,
   dropout: RowDropout | None,
 ):
-  out = _run_blocks(activation, sizes, rows, weights, held, dropout)
+  out = _run_blocks(activation, sizes, rows, weights, ranges, dropout)
   # No hidden values: they are computed again, block by block.
-  return out, (rows, weights, held, dropout)
+  return out, (rows, weights, ranges, dropout)
 
 
 def _run_blocks_backward(
@@ -226,21 +249,20 @@ def _run_blocks_backward(
   residuals: tuple[Any, ...],
   d_out: Float[Array, 'R D'],
 ):
-  rows, weights, held, dropout = residuals
+  rows, weights, ranges, dropout = residuals
   drop = functools.partial(_drop, dropout)
 
   def gradients(
     expert: grouped_matmul.OneExpert,
-    end: Array,
+    e: Array | int,
     first: Array,
     size: int,
-    carry: Any,
+    d_rows: Array,
   ):
-    """Writes the rows' gradient of a block, adds that of the weights."""
-    d_rows, d_sum = carry
+    """Writes the rows' gradient of a block; returns that of the weights."""
     row, d_row_out = _block(rows, first, size), _block(d_out, first, size)
     # The next expert's rows add nothing to the gradient of this one.
-    is_own = first + jnp.arange(size) < end
+    is_own = first + jnp.arange(size) < ranges.end[e]
     d_row_out = jnp.where(is_own[:, None], d_row_out, 0)
     # Computed again: it would take M / D times the memory of the rows.
     before = row @ expert.w_in + expert.b_in[None]
@@ -255,39 +277,61 @@ def _run_blocks_backward(
       b_out=ones @ d_row_out,
     )
     d_rows = _set_block(d_rows, first, d_before @ expert.w_in.T)
-    return d_rows, jax.tree.map(_add, d_sum, d_expert)
-
-  def of_expert(
-    expert: grouped_matmul.OneExpert, e: Array | int, d_rows: Array
-  ):
-    d_none = jax.tree.map(jnp.zeros_like, expert)
-    body = functools.partial(gradients, expert, held.end[e])
-    return _over_blocks(body, sizes, held, e, (d_rows, d_none))
+    return d_rows, d_expert
 
   d_rows = jnp.zeros_like(rows)
   if isinstance(weights, tuple):
     d_separate = []
-    for e, expert in enumerate(weights):
-      d_rows, d_expert = of_expert(expert.transposed(), e, d_rows)
+    for e, separate in enumerate(weights):
+      expert = separate.transposed()
+      carry = d_rows, jax.tree.map(jnp.zeros_like, expert)
+      of_block = functools.partial(gradients, expert, e)
+      add = functools.partial(_add_gradients, of_block)
+      d_rows, d_expert = _over_blocks(add, add, sizes, ranges, e, carry)
       d_separate.append(grouped_matmul.SeparateExpert.of(d_expert))
     return d_rows, tuple(d_separate), None, None
 
-  def body(e: Array, carry: tuple[Array, grouped_matmul.ExpertWeights]):
-    d_rows, d_weights = carry
-    expert = grouped_matmul.one_expert(weights, e)
-    d_rows, d_expert = of_expert(expert, e, d_rows)
-    # Its blocks follow each other, so its gradient is put there once.
-    return d_rows, grouped_matmul.put_expert(d_weights, e, d_expert)
+  def of_expert(e: Array, carry: tuple[Array, grouped_matmul.ExpertWeights]):
+    of_block = functools.partial(
+      gradients, grouped_matmul.one_expert(weights, e), e
+    )
 
+    # Most experts have a single block, or few. What the first gives is put there;
+    # to add it to zeros takes a twelfth of a step.
+    def put(first: Array, size: int, carry: Any):
+      d_rows, d_weights = carry
+      d_rows, d_expert = of_block(first, size, d_rows)
+      return d_rows, grouped_matmul.put_expert(d_weights, e, d_expert)
+
+    def add(first: Array, size: int, carry: Any):
+      d_rows, d_weights = carry
+      before = d_rows, grouped_matmul.one_expert(d_weights, e)
+      d_rows, d_expert = _add_gradients(of_block, first, size, before)
+      return d_rows, grouped_matmul.put_expert(d_weights, e, d_expert)
+
+    return _over_blocks(put, add, sizes, ranges, e, carry)
+
+  d_none = jax.tree.map(jnp.zeros_like, weights)
   d_rows, d_weights = jax.lax.fori_loop(
-    0, len(held.end), body, (d_rows, jax.tree.map(jnp.zeros_like, weights))
+    0, len(ranges.end), of_expert, (d_rows, d_none)
   )
   return d_rows, d_weights, None, None
 
 
-def _add(held: Array, new: Array) -> Array:
+def _add_gradients(
+  of_block: Callable[..., tuple[Array, grouped_matmul.OneExpert]],
+  first: Array,
+  size: int,
+  carry: tuple[Array, grouped_matmul.OneExpert],
+):
+  d_rows, d_sum = carry
+  d_rows, d_expert = of_block(first, size, d_rows)
+  return d_rows, jax.tree.map(_add, d_sum, d_expert)
+
+
+def _add(total: Array, new: Array) -> Array:
   # What a loop carries must keep its type, that of the weights.
-  return held + new.astype(held.dtype)
+  return total + new.astype(total.dtype)
 
 
 _run_blocks.defvjp(_run_blocks_forward, _run_blocks_backward)
