@@ -222,21 +222,23 @@ def _exchange(
     return jnp.swapaxes(travel(sent), 0, 1)  # [own experts, devices, C, ...]
 
   rows = receive(permutation.dispatch(x, slots))
-  dropped = permutation.row_dropout(dropout, slots)
-  if dropped is not None:
+  row_dropout = permutation.row_dropout(dropout, slots)
+  if row_dropout is not None:
     # The numbers of the pairs travel with them.
-    dropped = dataclasses.replace(dropped, rows=receive(dropped.rows))
+    row_dropout = dataclasses.replace(
+      row_dropout, rows=receive(row_dropout.rows)
+    )
   if drops:
     groups = rows.reshape(num_own, num_devices * capacity, -1)
     output = capacity_lib.equal_groups(
-      groups, weights, options.activation, dropped
+      groups, weights, options.activation, row_dropout
     )
   else:
     # With a slot for every token most are empty; executors that can skip them
     # are told which.
     is_filled = receive(slots.source < num_tokens)
     options = dataclasses.replace(options, executor=executor)
-    output = _run_received(rows, is_filled, weights, options, dropped)
+    output = _run_received(rows, is_filled, weights, options, row_dropout)
   output = jnp.swapaxes(output.reshape(rows.shape), 0, 1)  # as it was sent
   output = travel(output).reshape(plan.num_experts * capacity, -1)  # [E * C, D]
   return grouped_matmul.Execution(

@@ -369,7 +369,7 @@ class Trainer:
     # Saves run in the background: a full disk shows here, not at the end.
     self.store.check()
     window, self._window = self._window, _Window()
-    spent = window.counted
+    spent = window.counted  # all of it: `_take_pending` has just counted
     values: dict[str, Any] = dict(metrics_lib.compute(window.metrics or {}))
     values |= reporter_lib.expert_load(values)
     values['audio_seconds_per_second'] = window.seconds / spent
