@@ -212,6 +212,14 @@ def _streams(
     )
     # Without the warm calls, of which the first compiles.
     step_ms = list(itertools.chain(*runs[-options.repeats :]))
+    # What is left at the end, less than a chunk, is one more.
+    num_chunks = len(runs[-1]) + 1
+    done = num_chunks * operations.chunk(
+      recognizer.description.model,
+      batch=batch,
+      chunk_size=settings.chunk_size,
+      left_chunks=settings.left_chunks,
+    )
     yield {
       'bench': 'stream',
       **model.record,
@@ -222,4 +230,5 @@ def _streams(
       **_speed(walls['wall_s'], seconds, batch),
       'chunk_ms_p50': round(float(np.percentile(step_ms, 50)), 2),
       'chunk_ms_p95': round(float(np.percentile(step_ms, 95)), 2),
+      **operations.record(done, walls['wall_s'], dtype=model.record['dtype']),
     }

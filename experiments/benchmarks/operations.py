@@ -17,6 +17,7 @@ from u2moe_jax import config as config_lib
 from u2moe_jax.checkpoint import directory
 from u2moe_jax.decoding import programs
 from u2moe_jax.layers import subsampling
+from u2moe_jax.models import cache as cache_lib
 from u2moe_jax.models import u2
 from u2moe_jax.training import flops
 
@@ -54,6 +55,59 @@ def encode(
     blank_penalty=0.0,
   )
   tokens = batch * num_frames(config, num_inputs)
+  return flops.count(traced.jaxpr) + _of_experts(config.encoder, config, tokens)
+
+
+def chunk(
+  config: config_lib.ModelConfig,
+  *,
+  batch: int,
+  chunk_size: int,
+  left_chunks: int,
+) -> float:
+  """Operations of encoder and CTC on the next chunk of streams.
+
+  Args:
+    config: the model.
+    batch: streams.
+    chunk_size: encoder frames of a chunk.
+    left_chunks: chunks that attention sees to the left.
+  """
+  dense = _without_experts(config)
+  geometry = subsampling.geometry(config.encoder.subsampling)
+  cache = jax.eval_shape(
+    functools.partial(
+      cache_lib.init_cache,
+      config.encoder,
+      batch=batch,
+      capacity=left_chunks * chunk_size,
+      dtype=jnp.dtype(config.dtype),
+    )
+  )
+  model = u2.U2MoeModel(dense)
+
+  def run(params, buffers, features, num_valid, cache):
+    encoded, _ = model.apply(
+      {'params': params},
+      features,
+      num_valid,
+      buffers,
+      cache,
+      method='encode_chunk',
+    )
+    return model.apply(
+      {'params': params}, encoded.frames, method='ctc_log_probs'
+    )
+
+  traced = jax.jit(run).trace(
+    **directory.abstract_variables(dense),
+    features=_abstract(
+      (batch, geometry.window(chunk_size), config.feature_dim)
+    ),
+    num_valid=_abstract((batch,), jnp.int32),
+    cache=cache,
+  )
+  tokens = batch * chunk_size
   return flops.count(traced.jaxpr) + _of_experts(config.encoder, config, tokens)
 
 

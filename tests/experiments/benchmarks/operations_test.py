@@ -7,6 +7,7 @@ import pytest
 from experiments.benchmarks import harness
 from experiments.benchmarks import operations
 from u2moe_jax import config as config_lib
+from u2moe_jax.layers import subsampling
 
 _INPUTS = 103
 
@@ -42,6 +43,27 @@ def test_encoder_is_the_sum_of_its_products():
   assert found > expected - position
   twice = operations.encode(config, batch=2, num_inputs=_INPUTS)
   assert twice == pytest.approx(2 * found, rel=0.02)
+
+
+def test_chunks_are_the_utterance_and_their_left_context():
+  config = _config()
+  size, rounds = 4, 6
+
+  def chunks(left_chunks):
+    return rounds * operations.chunk(
+      config, batch=2, chunk_size=size, left_chunks=left_chunks
+    )
+
+  geometry = subsampling.geometry(config.encoder.subsampling)
+  num_inputs = geometry.window(size * rounds)
+  whole = operations.encode(config, batch=2, num_inputs=num_inputs)
+  # Windows overlap, and attention sees `left_chunks` of them.
+  assert 0.8 * whole < chunks(rounds - 1) < 1.5 * whole
+  # For each frame of left context: scores, values, positions and their scores.
+  width, blocks = config.encoder.model_dim, config.encoder.num_blocks
+  more = chunks(2) - chunks(1)
+  one = 2 * 2 * 2 * rounds * size * size * width * blocks
+  assert 2 * one <= more <= 4 * one
 
 
 def test_experts_beyond_the_first_are_added():
