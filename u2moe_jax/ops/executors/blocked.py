@@ -297,7 +297,7 @@ def _run_blocks_backward(
     )
 
     # Most experts have a single block, or few. What the first gives is put there;
-    # to add it to zeros takes a twelfth of a step.
+    # to add it to zeros takes a thirtieth of a step.
     def put(first: Array, size: int, carry: Any):
       d_rows, d_weights = carry
       d_rows, d_expert = of_block(first, size, d_rows)
