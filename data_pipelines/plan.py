@@ -335,22 +335,6 @@ def block_of(
   return range(first, first + together)
 
 
-def plan_epoch(
-  items: Sequence[Item],
-  buckets: Sequence[Bucket],
-  config: config_lib.DataConfig,
-  *,
-  seed: int,
-  epoch: int,
-  shares: Sequence[float] = (),
-) -> list[PlannedBatch]:
-  """Plans one epoch of training by itself; see `plan_block`."""
-  (batches,) = plan_block(
-    items, buckets, config, seed=seed, epochs=[epoch], shares=shares
-  )
-  return batches
-
-
 def plan_block(
   items: Sequence[Item],
   buckets: Sequence[Bucket],

@@ -123,33 +123,6 @@ def prepare(
   return _run(job, open_all)
 
 
-def prepare_manifest(
-  out: str | os.PathLike[str],
-  *,
-  train: str | os.PathLike[str],
-  dev: str | os.PathLike[str] | None = None,
-  test: str | os.PathLike[str] | None = None,
-  sample_rate: int = 16000,
-  force: bool = False,
-) -> None:
-  """Prepares manifests, see `prepare`.
-
-  Args:
-    out: the folder.
-    train: manifest to train on.
-    dev: manifest to choose checkpoints by.
-    test: manifest to report on.
-    sample_rate: in Hz; everything is resampled to it.
-    force: make it anew even if it is there.
-
-  Raises:
-    ValueError: as `prepare`.
-  """
-  given = {'train': train, 'dev': dev, 'test': test}
-  specs = {s: f'manifest:{os.path.abspath(p)}' for s, p in given.items() if p}
-  prepare(out, specs, sample_rate=sample_rate, force=force)
-
-
 def prepare_builtin(
   out: str | os.PathLike[str],
   *,

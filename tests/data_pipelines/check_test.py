@@ -185,7 +185,7 @@ def test_a_report_in_words_names_reasons_and_examples(folder):
 
 def test_sound_that_is_in_no_file_makes_no_manifest(tmp_path):
   path = synthetic.write_corpus(tmp_path / 'a', num_utterances=1, seed=1)
-  prepare.prepare_manifest(tmp_path / 'out', train=path)
+  prepare.prepare(tmp_path / 'out', {'train': str(path)})
   source = sources.open_source(f'{tmp_path}/out')
   assert check.check(source, _SETTINGS).usable == 1
   with pytest.raises(check.CheckError, match='prepare_corpus'):

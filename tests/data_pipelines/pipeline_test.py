@@ -369,16 +369,16 @@ def test_ten_epochs_leave_no_plans_behind(corpus, monkeypatch):
 
 
 def test_many_threads_find_the_same_plan(corpus, monkeypatch):
-  """Planning an epoch is slow enough here for two threads to meet in it."""
+  """Planning a block is slow enough here for two threads to meet in it."""
   expected = pipeline.TrainBatches(corpus, seed=3)
   wanted = [expected.locate(n) for n in range(5 * _epoch_length(expected))]
-  original = plan.plan_epoch
+  original = plan.plan_block
 
   def slow(*arguments, **options):
     time.sleep(0.01)
     return original(*arguments, **options)
 
-  monkeypatch.setattr(plan, 'plan_epoch', slow)
+  monkeypatch.setattr(plan, 'plan_block', slow)
   monkeypatch.setattr(pipeline.Corpus, 'load', lambda _, planned, *__: planned)
   iterator = pipeline.TrainBatches(corpus, seed=3).iterate(0, num_workers=8)
   found = [next(iterator) for _ in wanted]

@@ -34,8 +34,12 @@ def buckets(items):
   return plan.make_buckets(items, _CONFIG, speeds=_SPEEDS, multiple=2)
 
 
-def _epoch(items, buckets, *, seed=7, epoch=0):
-  return plan.plan_epoch(items, buckets, _CONFIG, seed=seed, epoch=epoch)
+def _epoch(items, buckets, config=_CONFIG, *, seed=7, epoch=0, shares=()):
+  """One epoch, planned by itself."""
+  (batches,) = plan.plan_block(
+    items, buckets, config, seed=seed, epochs=[epoch], shares=shares
+  )
+  return batches
 
 
 @pytest.mark.parametrize('epoch', [0, 1, 2])
@@ -185,7 +189,7 @@ def test_short_first_epochs_go_from_short_to_long(items, buckets):
   config = dataclasses.replace(_CONFIG, short_first_epochs=2)
 
   def flushed(epoch, config):
-    planned = plan.plan_epoch(items, buckets, config, seed=7, epoch=epoch)
+    planned = _epoch(items, buckets, config, epoch=epoch)
     seen = sorted(i for batch in planned for i in batch.indices)
     assert seen == list(range(len(items)))
     # Batches that the end of the epoch filled are not in order.
@@ -235,7 +239,7 @@ def test_a_block_has_every_utterance_once_per_epoch():
   assert sorted(drawn) == expected
   incomplete = [b for b in planned if len(b.indices) < b.bucket.batch_size]
   assert len(incomplete) <= 1
-  alone = plan.plan_epoch(items, buckets, _CONFIG, seed=7, epoch=3)
+  alone = _epoch(items, buckets, epoch=3)
   assert {n for batch in alone for n in batch.rounds} == {3}
 
 
@@ -353,9 +357,7 @@ def test_shares_are_those_of_the_utterances():
   buckets = plan.make_buckets(items, _CONFIG, speeds=_SPEEDS)
 
   def draws(epoch, shares=shares):
-    planned = plan.plan_epoch(
-      items, buckets, _CONFIG, seed=7, epoch=epoch, shares=shares
-    )
+    planned = _epoch(items, buckets, epoch=epoch, shares=shares)
     return [
       (index, number)
       for batch in planned

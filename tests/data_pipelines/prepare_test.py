@@ -30,6 +30,11 @@ def corpus(tmp_path_factory):
   return synthetic.write_corpus(folder, num_utterances=3, seed=1)
 
 
+def _prepare(out, path, dev=None, **options):
+  specs = {'train': str(path)} | ({'dev': str(dev)} if dev else {})
+  return prepare.prepare(out, specs, **options)
+
+
 def test_builtin_corpus_is_what_the_engine_speaks(tmp_path):
   out = tmp_path / 'out'
   prepare.prepare_builtin(out, seed=3, **_SIZES)
@@ -56,7 +61,7 @@ def test_statistics_and_characters_are_those_of_train(corpus, tmp_path):
   dev = synthetic.write_corpus(tmp_path / 'dev', num_utterances=1, seed=2)
   txt = manifest.read(dev)[0]
   manifest.write(dev, [manifest.Utterance('d', txt.wav, 'XYZ')])
-  prepare.prepare_manifest(tmp_path / 'out', train=corpus, dev=dev)
+  _prepare(tmp_path / 'out', corpus, dev=dev)
   read = {s: tfds_dataset.read(tmp_path / 'out', s) for s in ('train', 'dev')}
   saved = cmvn.load(tmp_path / 'out' / prepare.CMVN_FILE)
   train = _statistics(read['train'])
@@ -71,7 +76,7 @@ def test_statistics_and_characters_are_those_of_train(corpus, tmp_path):
 
 
 def test_16_bit_files_are_packed_as_they_are(corpus, tmp_path):
-  prepare.prepare_manifest(tmp_path / 'out', train=corpus)
+  _prepare(tmp_path / 'out', corpus)
   recordings = tfds_dataset.read(tmp_path / 'out', 'train')
   for item, recording in zip(manifest.read(corpus), recordings, strict=True):
     with open(item.wav, 'rb') as file:
@@ -85,24 +90,24 @@ def test_to_int16_rounds_and_clips():
 
 def test_a_second_run_does_nothing(corpus, tmp_path, capsys):
   out = tmp_path / 'out'
-  prepare.prepare_manifest(out, train=corpus)
+  _prepare(out, corpus)
   before = {p: p.stat().st_mtime_ns for p in out.rglob('*')}
   capsys.readouterr()
-  prepare.prepare_manifest(out, train=corpus)
+  _prepare(out, corpus)
   assert 'already prepared, nothing to do' in capsys.readouterr().out
   assert {p: p.stat().st_mtime_ns for p in out.rglob('*')} == before
-  prepare.prepare_manifest(out, train=corpus, force=True)
+  _prepare(out, corpus, force=True)
   assert {p: p.stat().st_mtime_ns for p in out.rglob('*')} != before
 
 
 def test_another_corpus_in_the_folder_is_not_overwritten(corpus, tmp_path):
   out = tmp_path / 'out'
-  prepare.prepare_manifest(out, train=corpus)
+  _prepare(out, corpus)
   other = synthetic.write_corpus(tmp_path / 'b', num_utterances=1, seed=9)
   with pytest.raises(prepare.PrepareError, match='--force'):
-    prepare.prepare_manifest(out, train=other)
+    _prepare(out, other)
   assert len(tfds_dataset.read(out, 'train')) == 3
-  prepare.prepare_manifest(out, train=other, force=True)
+  _prepare(out, other, force=True)
   assert len(tfds_dataset.read(out, 'train')) == 1
 
 
@@ -110,7 +115,7 @@ def test_another_corpus_in_the_folder_is_not_overwritten(corpus, tmp_path):
 def test_a_folder_of_something_else_is_never_touched(corpus, force, tmp_path):
   (tmp_path / 'thesis.txt').write_text('years of work')
   with pytest.raises(prepare.PrepareError, match='holds something else'):
-    prepare.prepare_manifest(tmp_path, train=corpus, force=force)
+    _prepare(tmp_path, corpus, force=force)
   assert [p.name for p in tmp_path.iterdir()] == ['thesis.txt']
 
 
@@ -118,7 +123,7 @@ def test_unusable_audio_is_left_out_and_listed(corpus, tmp_path, capsys):
   good = manifest.read(corpus)[0]
   bad = manifest.Utterance('bad', '/none/bad.wav', 'A')
   manifest.write(tmp_path / 'm.jsonl', [bad, good])
-  prepare.prepare_manifest(tmp_path / 'out', train=tmp_path / 'm.jsonl')
+  _prepare(tmp_path / 'out', tmp_path / 'm.jsonl')
   recordings = tfds_dataset.read(tmp_path / 'out', 'train')
   assert [r.key for r in recordings] == [good.key]
   (line,) = (tmp_path / 'out/skipped.jsonl').read_text().splitlines()
@@ -133,7 +138,7 @@ def test_nothing_usable_leaves_nothing(tmp_path):
   bad = manifest.Utterance('bad', '/none/bad.wav', 'A')
   manifest.write(tmp_path / 'm.jsonl', [bad])
   with pytest.raises(prepare.PrepareError, match='no utterance to write'):
-    prepare.prepare_manifest(tmp_path / 'out', train=tmp_path / 'm.jsonl')
+    _prepare(tmp_path / 'out', tmp_path / 'm.jsonl')
   assert [p.name for p in tmp_path.iterdir()] == ['m.jsonl']
 
 
@@ -141,9 +146,7 @@ def test_train_without_audio_is_refused(corpus, tmp_path):
   bad = manifest.Utterance('bad', '/none/bad.wav', 'A')
   manifest.write(tmp_path / 'm.jsonl', [bad])
   with pytest.raises(prepare.PrepareError, match='CMVN statistics'):
-    prepare.prepare_manifest(
-      tmp_path / 'out', train=tmp_path / 'm.jsonl', dev=corpus
-    )
+    _prepare(tmp_path / 'out', tmp_path / 'm.jsonl', dev=corpus)
   assert not (tmp_path / 'out').exists()
 
 
@@ -166,10 +169,6 @@ def _files(folder: pathlib.Path) -> dict[str, bytes]:
     for path in folder.rglob('*')
     if path.is_file()
   }
-
-
-def _prepare(out, path, **options):
-  return prepare.prepare(out, {'train': str(path)}, **options)
 
 
 def test_pieces_keep_the_order_of_the_source(many, tmp_path):
@@ -325,7 +324,7 @@ def test_a_source_that_changed_is_not_continued(many, tmp_path):
 
 def test_verify_names_what_is_damaged(corpus, tmp_path, capsys):
   out = tmp_path / 'out'
-  prepare.prepare_manifest(out, train=corpus)
+  _prepare(out, corpus)
   assert prepare.verify(out)
   cmvn_file, table = out / prepare.CMVN_FILE, out / 'tokens/units.txt'
   data = cmvn_file.read_bytes()
@@ -364,7 +363,7 @@ def test_the_summary_counts_by_reason(corpus, tmp_path, capsys):
 
 
 def test_other_rates_are_kept_or_made(corpus, tmp_path):
-  prepare.prepare_manifest(tmp_path / 'out', train=corpus, sample_rate=8000)
+  _prepare(tmp_path / 'out', corpus, sample_rate=8000)
   recording = tfds_dataset.read(tmp_path / 'out', 'train')[0]
   assert recording.sample_rate == 8000
   known = manifest.read(corpus)[0].duration
@@ -394,9 +393,7 @@ def test_characters_that_train_lacks_are_told(corpus, tmp_path, capsys):
   manifest.write(
     tmp_path / 'dev.jsonl', [manifest.Utterance('d', item.wav, 'AÜB')]
   )
-  prepare.prepare_manifest(
-    tmp_path / 'out', train=corpus, dev=tmp_path / 'dev.jsonl'
-  )
+  _prepare(tmp_path / 'out', corpus, dev=tmp_path / 'dev.jsonl')
   assert '(unknown_tokens): Ü' in capsys.readouterr().out
 
 

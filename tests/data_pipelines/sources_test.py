@@ -23,7 +23,7 @@ def corpus(tmp_path_factory) -> pathlib.Path:
   folder = tmp_path_factory.mktemp('corpus')
   train = synthetic.write_corpus(folder / 'train', num_utterances=3, seed=1)
   dev = synthetic.write_corpus(folder / 'dev', num_utterances=2, seed=2)
-  prepare.prepare_manifest(folder / 'set', train=train, dev=dev)
+  prepare.prepare(folder / 'set', {'train': str(train), 'dev': str(dev)})
   return folder
 
 
