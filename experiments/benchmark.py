@@ -1,4 +1,4 @@
-"""Measures speed with random weights: no data needed.
+r"""Measures speed with random weights: no data needed.
 
   python -m experiments.benchmark --configs=dense_225m,moe_1b \
     --tasks=greedy,rescore,rescoring,stream,train,search,moe,data,wait \

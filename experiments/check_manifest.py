@@ -1,4 +1,4 @@
-"""Looks through a corpus before anything is trained on it.
+r"""Looks through a corpus before anything is trained on it.
 
   python -m experiments.check_manifest --source=train.jsonl \
     --tokens=TOKENS --out=train_clean.jsonl

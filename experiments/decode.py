@@ -1,4 +1,4 @@
-"""Decodes a manifest or dataset split and scores it.
+r"""Decodes a manifest or dataset split and scores it.
 
   python -m experiments.decode --checkpoint=DIR --manifest=FILE \
     --mode=attention_rescoring --chunk_size=16 --out=FILE

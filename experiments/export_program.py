@@ -1,4 +1,4 @@
-"""Exports a model as programs that need no model code.
+r"""Exports a model as programs that need no model code.
 
   python -m experiments.export_program --checkpoint=MODEL --out=DIR \
     --chunk_size=16 --left_chunks=4

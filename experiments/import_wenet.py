@@ -1,4 +1,4 @@
-"""Turns a WeNet checkpoint into a model directory.
+r"""Turns a WeNet checkpoint into a model directory.
 
   python -m experiments.import_wenet --weights=final.pt --config=train.yaml \
     --units=units.txt --out=MODEL

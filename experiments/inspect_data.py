@@ -1,4 +1,4 @@
-"""Shows what a config makes of its training data, without a model.
+r"""Shows what a config makes of its training data, without a model.
 
   python -m experiments.inspect_data --config=experiments/configs/X.py \
     --config.data.train=MANIFEST --out=DIR

@@ -1,4 +1,4 @@
-"""Writes a checkpoint in the form that decodes fastest.
+r"""Writes a checkpoint in the form that decodes fastest.
 
   python -m experiments.optimize_checkpoint --checkpoint=DIR --out=MODEL \
     --weights=float32

@@ -1,4 +1,4 @@
-"""Prepares a corpus for training: data set, CMVN statistics, token table.
+r"""Prepares a corpus for training: data set, CMVN statistics, token table.
 
 The built-in corpus (synthetic speech, needs the package espeakng-loader):
 

@@ -1,4 +1,4 @@
-"""Finds batch sizes that fit a device, bucket by bucket, without running.
+r"""Finds batch sizes that fit a device, bucket by bucket, without running.
 
   python -m experiments.profile_buckets --config=experiments/configs/X.py \
     --config.data.train=MANIFEST --memory_gib=70 --out=sizes.json

@@ -1,4 +1,4 @@
-"""Compares what was recognised with what was said.
+r"""Compares what was recognised with what was said.
 
   python -m experiments.score --ref=test.jsonl --hyp=text.jsonl \
     --details=details.txt

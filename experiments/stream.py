@@ -1,4 +1,4 @@
-"""Streams recordings: text that grows as chunks arrive, then its final form.
+r"""Streams recordings: text that grows as chunks arrive, then its final form.
 
   python -m experiments.stream --checkpoint=DIR --wav=FILE [--wav=FILE ...]
   arecord -f S16_LE -r 16000 -c 1 -t raw | \

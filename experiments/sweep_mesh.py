@@ -1,4 +1,4 @@
-"""Compares mesh shapes of an experiment before they are booked.
+r"""Compares mesh shapes of an experiment before they are booked.
 
   python -m experiments.sweep_mesh --config=experiments/configs/moe_1b.py \
     --devices=64 --simulate --shapes=all --out=DIR

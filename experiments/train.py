@@ -1,4 +1,4 @@
-"""Trains a recogniser, or continues where it stopped.
+r"""Trains a recogniser, or continues where it stopped.
 
   python -m experiments.train --config=experiments/configs/X.py \
     --config.data.train=MANIFEST --config.data.dev=MANIFEST --workdir=DIR

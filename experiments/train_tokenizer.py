@@ -1,4 +1,4 @@
-"""Makes a token table from transcripts.
+r"""Makes a token table from transcripts.
 
   python -m experiments.train_tokenizer --source=train.jsonl --type=bpe \
     --size=5000 --out=DIR

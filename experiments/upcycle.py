@@ -1,4 +1,4 @@
-"""Grows a trained dense model into a Mixture-of-Experts, or back.
+r"""Grows a trained dense model into a Mixture-of-Experts, or back.
 
   python -m experiments.upcycle --checkpoint=DENSE --out=MODEL \
     --num_experts=8 --top_k=2 --where=encoder

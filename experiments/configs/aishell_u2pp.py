@@ -1,4 +1,4 @@
-"""AISHELL-1 170 h, U2++ Conformer.
+r"""AISHELL-1 170 h, U2++ Conformer.
 
 Command:
   python -m experiments.train --config=experiments/configs/aishell_u2pp.py \

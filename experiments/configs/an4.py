@@ -1,11 +1,11 @@
-"""AN4, 33 minutes of real read speech.
+r"""AN4, 33 minutes of real read speech.
 
 Letters, digits and a few commands by 58 speakers: so little that everything
 which makes it more counts (speeds, noise, masks, dropout, many epochs).
 
 Command:
-  python -m experiments.train --config=experiments/configs/an4.py \\
-    --config.data.train=TRAIN.jsonl --config.data.dev=DEV.jsonl \\
+  python -m experiments.train --config=experiments/configs/an4.py \
+    --config.data.train=TRAIN.jsonl --config.data.dev=DEV.jsonl \
     --workdir=WORKDIR
 Hardware: 2 CPU cores, under an hour.
 Expected: WER 10.0 % on the test split with rescoring, 10.5 % at chunk 16.

@@ -1,4 +1,4 @@
-"""The dense model of the size of MoE-1B (1042.2 M).
+r"""The dense model of the size of MoE-1B (1042.2 M).
 
 20 blocks, D 1280, FFN 5120, 20 heads, kernel 15, 3 + 3 decoder layers, V 8000.
 

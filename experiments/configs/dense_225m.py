@@ -1,4 +1,4 @@
-"""The paper's dense model (224.4 M).
+r"""The paper's dense model (224.4 M).
 
 15 blocks, D 640, FFN 2560, 10 heads, kernel 15, 3 + 3 decoder layers, V 8000:
 one of the shapes that fit the published sizes, which are all that is known.

@@ -1,9 +1,9 @@
-"""Goes on from a model directory, with its sizes, features and tokens.
+r"""Goes on from a model directory, with its sizes, features and tokens.
 
 Command:
-  python -m experiments.train \\
-    --config=experiments/configs/finetune.py:MODEL \\
-    --config.data.train=TRAIN.jsonl --config.data.dev=DEV.jsonl \\
+  python -m experiments.train \
+    --config=experiments/configs/finetune.py:MODEL \
+    --config.data.train=TRAIN.jsonl --config.data.dev=DEV.jsonl \
     --workdir=WORKDIR
 Hardware: that of MODEL's size.
 Expected: starts at the error rate of MODEL; untuned.

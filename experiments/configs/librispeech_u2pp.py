@@ -1,11 +1,11 @@
-"""LibriSpeech 960 h, U2++ Conformer.
+r"""LibriSpeech 960 h, U2++ Conformer.
 
 Command:
   python -m experiments.train --config=experiments/configs/librispeech_u2pp.py \
     --config.data.train=DIR --config.data.dev=DIR:dev --workdir=WORKDIR
 Hardware: 8 accelerators; not run here.
-Expected: WER 3.32 / 3.80 % on test-clean, 8.67 / 10.38 % on test-other (rescoring,
-  full context / chunk 16), the reference's published figures.
+Expected: WER 3.32 / 3.80 % on test-clean, 8.67 / 10.38 % on test-other
+  (rescoring, full context / chunk 16), the reference's published figures.
 """
 
 from experiments.configs import base

@@ -1,7 +1,8 @@
-"""The paper's Mixture-of-Experts model: 8 experts, top-2, in every feed-forward layer (1051.2 M, 342.7 M of them active per frame).
+r"""The paper's Mixture-of-Experts model: 8 experts, top-2, in each FFN.
 
-15 blocks, D 640, FFN 2560, 10 heads, kernel 15, 3 + 3 decoder layers, V 8000:
-one of the shapes that fit the published sizes, which are all that is known.
+1051.2 M parameters, 342.7 M of them active per frame. 15 blocks, D 640, FFN 2560,
+10 heads, kernel 15, 3 + 3 decoder layers, V 8000: one of the shapes that fit the
+published sizes, which are all that is known.
 
 Command:
   python -m experiments.train --config=experiments/configs/moe_1b.py \

@@ -1,7 +1,7 @@
-"""The dense counterpart of `quickstart`: one expert's width everywhere.
+r"""The dense counterpart of `quickstart`: one expert's width everywhere.
 
 Command:
-  python -m experiments.quickstart --workdir=runs/quickstart_dense \\
+  python -m experiments.quickstart --workdir=runs/quickstart_dense \
     --config=experiments/configs/quickstart_dense.py
 Hardware: 2 CPU cores, about 15 minutes of training.
 Expected: not measured yet; compare with docs/results.md.

@@ -1,7 +1,7 @@
-"""The smallest U2++ MoE, for tests and `doctor`.
+r"""The smallest U2++ MoE, for tests and `doctor`.
 
 Command:
-  python -m experiments.train --config=experiments/configs/tiny.py \\
+  python -m experiments.train --config=experiments/configs/tiny.py \
     --config.data.train=MANIFEST --workdir=WORKDIR
 Hardware: anything; seconds.
 Expected: it runs; it does not learn to read.

@@ -1,4 +1,4 @@
-"""Does a dense model that grows experts do what the paper says? (UME)
+r"""Does a dense model that grows experts do what the paper says? (UME)
 
   GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \
     python -m experiments.studies.upcycling --workdir=runs/upcycling

@@ -94,7 +94,10 @@ def _unknown_key(argv: list[str], error: Exception) -> str:
     for name in path.split('.'):
       if not isinstance(node, dict) or name not in node:
         there = ', '.join(sorted(node)) if isinstance(node, dict) else 'no keys'
-        return f'unknown config key {path!r} ({arg}): there is no {name!r}; there is {there}'
+        return (
+          f'unknown config key {path!r} ({arg}): there is no {name!r}; '
+          f'there is {there}'
+        )
       node = node[name]
   return f'{type(error).__name__}: {error}'
 

@@ -2,7 +2,7 @@
 
 The hypotheses of one utterance differ in few places. What a decoder says after
 a prefix is the same for all of them that begin with it, so it is asked once: a
-list of ten hypotheses costs two to four instead of ten. The nodes of the tree
+list of ten hypotheses costs two to eight instead of ten. The nodes of the tree
 stand side by side as one text would, and a mask says which precede which.
 """
 

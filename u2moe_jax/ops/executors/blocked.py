@@ -35,10 +35,13 @@ _STACKED = ((24, 16), (96, 32), (256, 128), (float('inf'), 256))
 _SEPARATE = ((12, 8), (24, 16), (400, 32), (float('inf'), 128))
 
 # What whole blocks of a stack leave is covered by one block of as many parts of
-# theirs as it takes, and of no fewer rows than these; below, reading the weights
-# takes longer than multiplying. Each part is a loop to compile, forward and
-# backward: more than two pay where a matrix is so large.
-_PARTS, _PARTS_OF_LARGE, _LARGE, _SMALLEST = 2, 4, 2**18, 16
+# theirs as it takes. Each part is a loop to compile, forward and backward: more
+# than two pay where a matrix has so many entries.
+_PARTS = 2
+_PARTS_OF_LARGE = 4
+_LARGE = 2**18
+# Of fewer rows: reading the weights takes longer than multiplying.
+_SMALLEST_BLOCK = 16
 
 
 @struct.dataclass
@@ -99,7 +102,7 @@ def _block_sizes(
   _, *matrix = weights.w_in.shape
   parts = _PARTS_OF_LARGE if math.prod(matrix) >= _LARGE else _PARTS
   # A block is never larger than the buffer, not even one that never runs.
-  step = max(block_size // parts, min(_SMALLEST, block_size))
+  step = max(block_size // parts, min(_SMALLEST_BLOCK, block_size))
   largest = min(block_size // step, -(-num_pairs // step)) * step
   return tuple(range(largest, 0, -step))
 
