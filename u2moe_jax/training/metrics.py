@@ -46,8 +46,10 @@ def merge(
 
 
 def compute(metrics: Mapping[str, Mean]) -> dict[str, np.ndarray]:
-  """Fetches and divides; a count of 0 gives 0."""
+  """Fetches and divides; what was never counted is left out."""
+  counts = {name: float(mean.count) for name, mean in metrics.items()}
   return {
-    name: np.asarray(mean.total) / max(float(mean.count), 1e-20)
+    name: np.asarray(mean.total) / counts[name]
     for name, mean in metrics.items()
+    if counts[name] > 0
   }

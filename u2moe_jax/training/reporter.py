@@ -119,9 +119,14 @@ def train_line(values: Mapping[str, Any]) -> str:
   parts = [
     f'{word} {values[k]:.3f}' for k, word in _PARTS.items() if k in values
   ]
-  fields = [
-    f'loss {values["loss"]:.3f} ({", ".join(parts)})',
-    f'grad {values["gradient_norm"]:.2f}',
+  if 'loss' in values:
+    fields = [
+      f'loss {values["loss"]:.3f} ({", ".join(parts)})',
+      f'grad {values["gradient_norm"]:.2f}',
+    ]
+  else:
+    fields = ['no update: no loss or gradient was finite']
+  fields += [
     f'lr {values["learning_rate"]:.2e}',
     f'{values["audio_seconds_per_second"]:.0f} audio-h/h',
     f'data wait {100 * values["data_wait_share"]:.0f} %',

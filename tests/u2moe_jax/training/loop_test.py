@@ -105,7 +105,10 @@ class _Fake:
     state = dataclasses.replace(
       state, step=state.step + 1, params={'w': state.params['w'] + number}
     )
-    return state, {k: metrics.Mean.of(v) for k, v in values.items()}
+    return state, {
+      name: value if isinstance(value, metrics.Mean) else metrics.Mean.of(value)
+      for name, value in values.items()
+    }
 
   def _evaluate(self, params, buffers, should_stop):
     del buffers
@@ -302,6 +305,25 @@ def test_some_of_them_do_not(tmp_path):
     x for x in _lines(tmp_path / 'metrics.jsonl') if x['kind'] == 'train'
   ]
   assert [line['skipped_updates'] for line in train] == [0, 0, 1, 2, 2, 2]
+
+
+def test_a_window_without_an_update_tells_no_loss(tmp_path, capsys):
+  def more(step):
+    if step != 2:
+      return {}
+    nothing = metrics.Mean.of(0.0, 0.0)
+    counted = ('loss', 'loss_ctc', 'gradient_norm')
+    return {'skipped': 1.0} | dict.fromkeys(counted, nothing)
+
+  fake = _Fake(tmp_path, num_steps=3, log_every=1, max_nonfinite=0, more=more)
+  fake.trainer.run()
+  fake.store.close()
+  lines = [
+    x for x in _lines(tmp_path / 'metrics.jsonl') if x['kind'] == 'train'
+  ]
+  assert [line.get('loss') for line in lines] == [1.0, None, 1.0]
+  told = capsys.readouterr().out.splitlines()
+  assert ['no update' in line for line in told[:3]] == [False, True, False]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_only_if_asked(tmp_path):

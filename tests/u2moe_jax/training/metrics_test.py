@@ -22,12 +22,17 @@ def test_merging_weighs_by_count():
   assert abs(computed['x'] - wrong) > 1e-3
 
 
-def test_arrays_and_empty_counts():
+def test_arrays():
   load = metrics.Mean.of(jnp.array([1.0, 3.0]))
   merged = metrics.merge({'load': load}, {'load': load})
   np.testing.assert_allclose(metrics.compute(merged)['load'], [1.0, 3.0])
-  nothing = {'x': metrics.Mean.of(0.0, 0.0)}
-  assert metrics.compute(nothing)['x'] == 0.0
+
+
+def test_what_was_never_counted_is_no_zero():
+  found = metrics.compute(
+    {'x': metrics.Mean.of(0.0, 0.0), 'y': metrics.Mean.of(0.0)}
+  )
+  assert found == {'y': 0.0}
 
 
 def test_merging_leaves_its_arguments_alone():
