@@ -121,7 +121,8 @@ def prepare(
     parameters.require_known(config.train.trainable, params)
   source = None
   # `init_from` is where a run begins; one that continues has its own weights.
-  if not (workdir / 'config.json').is_file():
+  # Not config.json tells: a run may have been stopped before its first step.
+  if not directory.step_folders(workdir):
     source = starting.find_source(config, tokenizer)
   processes.wait('checked')  # from here on the folder changes
   _require_writable(workdir)

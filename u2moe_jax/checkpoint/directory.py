@@ -304,10 +304,13 @@ def _find(path: pathlib.Path) -> Found:
 
 
 def step_folders(workdir: Path) -> list[pathlib.Path]:
-  """Complete step folders of a work directory, oldest first."""
+  """Complete step folders of a work directory, oldest first, if any."""
+  checkpoints = pathlib.Path(workdir) / 'checkpoints'
+  if not checkpoints.is_dir():
+    return []
   folders = [
     folder
-    for folder in (pathlib.Path(workdir) / 'checkpoints').iterdir()
+    for folder in checkpoints.iterdir()
     if folder.name.isdecimal() and (folder / 'params').is_dir()
   ]
   return sorted(folders, key=lambda folder: int(folder.name))

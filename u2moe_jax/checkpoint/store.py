@@ -152,8 +152,6 @@ class Store:
     )
 
   def _steps_on_disk(self) -> list[int]:
-    if not self._folder.is_dir():
-      return []
     folders = directory.step_folders(self._folder.parent)
     return [int(folder.name) for folder in folders]
 

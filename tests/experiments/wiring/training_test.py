@@ -163,6 +163,31 @@ def test_a_signal_before_the_first_step_is_no_error(
   assert list((tmp_path / 'checkpoints').iterdir()) == []
 
 
+def test_a_run_stopped_before_its_first_step_begins_where_it_should(
+  workdir, folder, tmp_path, monkeypatch, capsys
+):
+  source = str(workdir / 'model')
+  changes = {'train.init_from': source, 'optimizer.learning_rate': 1e-30}
+  with monkeypatch.context() as patch:
+    patch.setattr(stopping.StopRequest, 'asked_after', lambda *_: True)
+    assert training.train(_config(folder, **changes), tmp_path) is False
+  capsys.readouterr()
+  assert training.train(_config(folder, **changes), tmp_path) is True
+  assert 'starting from' in capsys.readouterr().out
+  trained, given = map(directory.find, (tmp_path, source))
+  jax.tree.map(
+    np.testing.assert_allclose,
+    directory.restore(trained),
+    directory.restore(given),
+  )
+  # From its first checkpoint on it has weights of its own.
+  longer = _config(folder, **changes, **{'train.num_steps': 6})
+  assert training.train(longer, tmp_path) is True
+  told = capsys.readouterr().out
+  assert 'continuing at step 4' in told
+  assert 'starting from' not in told
+
+
 @pytest.mark.parametrize(
   ('key', 'value'),
   [
