@@ -116,18 +116,37 @@ def test_what_is_missing_is_left_out(entries):
 def test_forgetting_is_told_by_the_first_corpus():
   entries = [
     _entry(x, n, [40.0] if n else [], 30.0, 'shift')
-    for x, n in (('a', 0), ('d', 100), ('e', 100))
+    for x, n in (('a', 0), ('b', 100), ('d', 100), ('e', 100))
   ]
-  for entry, rate in zip(entries, (10.0, 25.0, 15.0), strict=True):
+  for entry, rate in zip(entries, (10.0, 30.0, 25.0, 15.0), strict=True):
     entry['wer'] = {
       corpus: dict.fromkeys(('dev', 'greedy', 'test'), value)
       for corpus, value in (('an4', 50.0), ('builtin', rate))
     }
+    entry['errors'] = {'an4': [4 if entry['letter'] == 'b' else 3] * 5}
   text = tables.markdown(entries)
   assert '10.0 % before, 25.0 % all trained, 15.0 % frozen' in text
   assert _rows(text, '(a)') == [
-    ['(a) dense, as it is', '0', '50.00', '50.00', '10.00', '10.00']
+    ['(a) dense, as it is', '0', '50.00', '50.00', '-', '10.00', '10.00']
   ]
+  against = [row[4] for row in _rows(text, '(')[1:4]]
+  assert against == ['-', *['-25.0 (-25.0 to -25.0)'] * 2]
+
+
+def test_seeds_are_told_together(entries):
+  second = copy.deepcopy(entries)
+  for entry in second:
+    entry['seed'] = 1
+    entry['errors'] = {'builtin': [20] * 5}
+  row = (
+    '| (d) errs less than the dense model | -11.9 % against the dense start |'
+  )
+  row += ' builtin, 2 seeds |'
+  # 12 and 20 errors against 16 and 20.
+  assert f'{row} -11.1 (-11.1 to -11.1) % against (b) |' in tables.markdown(
+    [*entries, *second]
+  )
+  assert ' seeds |' not in tables.markdown(entries)
 
 
 def test_curves_are_drawn_where_there_are_any(entries):
