@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from collections.abc import Mapping
+import contextlib
 import dataclasses
 import functools
 from typing import Any
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool
@@ -22,6 +24,8 @@ from u2moe_jax.frontend import fbank
 from u2moe_jax.layers import subsampling
 from u2moe_jax.models import u2
 from u2moe_jax.ops import ctc
+from u2moe_jax.sharding import placement
+from u2moe_jax.sharding import rules
 from u2moe_jax.training import objective
 
 # Rounding measured 3e-7 and 1.1e-5 at most (docs/upcycling.md).
@@ -203,27 +207,46 @@ def _pad(
 
 
 def ask(
-  model: config_lib.ModelConfig, params: PyTree, buffers: PyTree, probe: Probe
+  model: config_lib.ModelConfig,
+  params: PyTree,
+  buffers: PyTree,
+  probe: Probe,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> Answer:
-  """Runs a model, in float32 where it computes in less."""
+  """Runs a model, in float32 where it computes in less.
+
+  Args:
+    model: its config.
+    params: its parameters, placed.
+    buffers: its buffers, placed.
+    probe: what it is asked.
+    mesh: where it is placed; None for one device. Tokens travel to the
+      experts, so that no device holds those of others.
+  """
   # Its rounding alone is larger than the bounds.
   if model.dtype == 'bfloat16':
     model = dataclasses.replace(model, dtype='float32')
-  found = jax.device_get(
-    _pass(
-      u2.U2MoeModel(model),
-      params,
-      buffers,
-      probe.features,
-      probe.lengths,
-      probe.tokens,
+  inputs = (probe.features, probe.lengths, probe.tokens)
+  count = len(probe.lengths)
+  in_force = contextlib.nullcontext()
+  if mesh is not None:
+    in_force = jax.set_mesh(mesh)
+    # Devices share the utterances; empty ones fill the last parts.
+    more = -count % placement.batch_parts(mesh, rules.STANDARD)
+    inputs = jax.tree.map(
+      lambda x: np.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1)), inputs
     )
-  )
+  with in_force:
+    found = jax.device_get(
+      _pass(u2.U2MoeModel(model), params, buffers, *inputs)
+    )
+  # [:count]: all but loads are by utterance.
+  loads = found.pop('loads').values()
+  found = jax.tree.map(lambda x: x[:count], found)
   texts = tuple(
     tuple(row[:length].tolist())
     for row, length in zip(found['tokens'], found['lengths'], strict=True)
   )
-  loads = found['loads'].values()
   return Answer(
     frames=found['frames'],
     mask=found['mask'],
@@ -244,11 +267,15 @@ def _pass(
   lengths: jax.Array,
   tokens: jax.Array,
 ) -> dict[str, Any]:
-  inputs = u2.DecoderInputs(tokens=tokens, mask=jnp.ones_like(tokens, bool))
-  # The same tokens for both decoders; not reversed, as nobody reads them.
-  outputs = model.apply(
-    {'params': params}, features, lengths, buffers, inputs, inputs
+  real = (lengths > 0)[:, None]
+  inputs = u2.DecoderInputs(
+    tokens=tokens, mask=jnp.broadcast_to(real, tokens.shape)
   )
+  # The same tokens for both decoders; not reversed, as nobody reads them.
+  with nn.logical_axis_rules(rules.STANDARD):  # they say nothing without a mesh
+    outputs = model.apply(
+      {'params': params}, features, lengths, buffers, inputs, inputs
+    )
   log_probs = {'ctc': outputs.ctc_log_probs}
   heads = {'forward': outputs.forward, 'backward': outputs.backward}
   for name, scores in heads.items():

@@ -111,10 +111,9 @@ def upcycle(
   adam = None if optimizer == 'fresh' else _Adam(found, source)
   # Here, so that nothing is computed for a folder that lacks an array.
   contents.require_fit(found.params, directory.abstract_variables(source))
-  # Both are placed by the same rules; the receipt needs no other.
   probe, before = _ask_first(found, devices, manifest, num_utterances)
   variables = upcycling.build(reader, source, target, abstract, change)
-  after = receipt_lib.ask(target, **variables, probe=probe)
+  after = receipt_lib.ask(target, **variables, probe=probe, mesh=devices)
   receipt = receipt_lib.compare(before, after)
   # What is meant to differ has a receipt too, and no bound.
   passed = receipt.is_within_bounds or not exact
@@ -267,7 +266,7 @@ def _ask_first(
     probe = receipt_lib.manifest_probe(
       manifest, found.description, num_utterances=num_utterances
     )
-  return probe, receipt_lib.ask(model, params, buffers, probe)
+  return probe, receipt_lib.ask(model, params, buffers, probe, mesh)
 
 
 def _record(

@@ -20,6 +20,9 @@ from u2moe_jax.checkpoint import directory
 from u2moe_jax.checkpoint import single
 from u2moe_jax.checkpoint import store as store_lib
 from u2moe_jax.interop import wenet
+from u2moe_jax.models import u2
+from u2moe_jax.sharding import compiled_report
+from u2moe_jax.sharding import mesh as mesh_lib
 from u2moe_jax.training import optimizer as optimizer_lib
 from u2moe_jax.training import upcycling as upcycling_lib
 
@@ -100,6 +103,55 @@ def test_a_directory_grows_and_shrinks(dense, tmp_path, capsys):
     directory.restore(back),
     directory.restore(directory.find(dense)),
   )
+
+
+def test_on_a_mesh_every_device_has_its_experts(dense, tmp_path, monkeypatch):
+  """And the receipt asks the model where it lies, of utterances that it pads."""
+  seen, run = [], receipt._pass
+
+  def watched(model, params, *rest):
+    kernel = params['encoder']['blocks']['ffn_final']['w_in']
+    if isinstance(kernel, jax.Array):  # a dense layer has a tree here
+      (shape,) = {shard.data.shape for shard in kernel.addressable_shards}
+      seen.append((shape, dict(jax.sharding.get_abstract_mesh().shape)))
+    return run(model, params, *rest)
+
+  monkeypatch.setattr(receipt, '_pass', watched)
+  out = tmp_path / 'moe'
+  assert upcycling.upcycle(
+    dense, out, _REQUEST, num_utterances=3, mesh='data=1,fsdp=2,expert=4'
+  )
+  whole = {'data': 1, 'fsdp': 2, 'expert': 4, 'tensor': 1}
+  assert seen == [((1, 1, 8, 24), whole)]
+  record = directory.describe(out).provenance['upcycling']
+  assert record['utterances'] == record['texts_equal'] == 3
+  assert record['experts_visited'] == 8
+
+
+def test_no_experts_are_gathered():
+  """The compiled receipt, and what it would be without the mesh in force."""
+  model = config_lib.replace(_CONFIG, 'encoder.ffn_dim', 512)
+  target = _REQUEST.config(model)
+  mesh = mesh_lib.make_mesh(upcycling.parse_mesh('data=2,expert=4'))
+  variables = upcycling._abstract(target, mesh)
+  arguments = (
+    variables['params'],
+    variables['buffers'],
+    jax.ShapeDtypeStruct((8, 64, tiny.BINS), np.float32),
+    jax.ShapeDtypeStruct((8,), np.int32),
+    jax.ShapeDtypeStruct((8, 4), np.int32),
+  )
+
+  def gathered(context):
+    with context:
+      lowered = receipt._pass.lower(u2.U2MoeModel(target), *arguments)
+      text = lowered.compile().as_text()
+    traffic = compiled_report.read(text).collectives
+    return traffic['all-gather'].bytes if 'all-gather' in traffic else 0
+
+  one_layer = 2 * 4 * 16 * 512 * 4  # two arrays, of 4 experts, in bytes
+  assert gathered(jax.set_mesh(mesh)) < one_layer / 4
+  assert gathered(contextlib.nullcontext()) > one_layer
 
 
 def _step(dense, workdir, trainable=''):
