@@ -52,7 +52,8 @@ def build(
   if log is None:
     notes.append('There is no metrics.jsonl here, so there are no curves.')
   else:
-    plots |= _training_plots(log)
+    model = recognizer and recognizer.description.model
+    plots |= _training_plots(log, model.expert_blocks if model else None)
     if log.num_unreadable:
       notes.append(f'Unreadable lines in metrics.jsonl: {log.num_unreadable}.')
   if recognizer is not None and example is not None:
@@ -77,7 +78,9 @@ def _read_log(path: pathlib.Path) -> metrics_log.MetricsLog | None:
     return None
 
 
-def _training_plots(log: metrics_log.MetricsLog) -> _Plots:
+def _training_plots(
+  log: metrics_log.MetricsLog, blocks: expert_load.Blocks | None
+) -> _Plots:
   faint = 'Faint: every logged window. Strong: their moving average.'
   return {
     'losses': (
@@ -97,7 +100,7 @@ def _training_plots(log: metrics_log.MetricsLog) -> _Plots:
       f'Seconds of sound trained on per second of time. {faint}',
     ),
     'expert_load': (
-      expert_load.plot_heat_map(expert_load.recent_load(log)),
+      expert_load.plot_heat_map(expert_load.recent_load(log), blocks),
       'Expert load',
       'What share of its frames (encoder) or tokens (decoders) a layer sent '
       'to each expert, over the last ten logged windows. White is an equal '
@@ -105,10 +108,10 @@ def _training_plots(log: metrics_log.MetricsLog) -> _Plots:
       'choice counts alike.',
     ),
     'expert_load_over_training': (
-      expert_load.plot_over_training(log),
+      expert_load.plot_over_training(log, blocks),
       'Expert load over training',
-      'Above: the least balanced layer, a line per expert, moving average. Below: how undecided the '
-      'routers are. Dashed: equal shares, and a router that does not care.',
+      'Above: the least balanced layer, a line per expert, moving average. '
+      'Below: how undecided the routers are. Dashed: equal shares, and a router that does not care.',
     ),
   }
 

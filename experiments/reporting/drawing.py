@@ -143,11 +143,11 @@ def expert_legend(axes: Any, palette: Sequence[Any]) -> None:
   if len(palette) > MOST_NAMED:
     return
   handles = [
-    patches.Patch(color=color, label=f'{expert + 1}')
+    patches.Patch(color=color, label=f'{expert}')
     for expert, color in enumerate(palette)
   ]
   # The first one says what the numbers are.
-  handles[0].set_label('expert 1')
+  handles[0].set_label('expert 0')
   legend_above(axes, columns=min(len(palette), 8), handles=handles)
 
 

@@ -1,6 +1,11 @@
-"""How evenly the routers use their experts."""
+"""How evenly the routers use their experts.
+
+Blocks and experts have the numbers that `--where` and the alarm for idle experts
+give them, from 0.
+"""
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 import math
 from typing import Any
 
@@ -14,6 +19,9 @@ from experiments.reporting import metrics_log
 _PREFIX = 'load/'
 _STARVED, _IDEAL, _CROWDED = '#2166ac', '#f7f7f4', '#d6604d'
 _ROW_INCHES = 0.27
+# Of each MoE layer the blocks that have it (`ModelConfig.expert_blocks`); the
+# first ones where nothing is known.
+Blocks = Mapping[str, Sequence[int]]
 
 
 def recent_load(
@@ -44,12 +52,20 @@ def forward_order(name: str) -> tuple[int, str]:
   return order.index(name) if name in order else len(order), name
 
 
+def block_of(name: str, layer: int, blocks: Blocks | None) -> int:
+  """The number of the block of row `layer` of a load."""
+  return (blocks or {}).get(name, range(layer + 1))[layer]
+
+
 @drawing.styled
-def plot_heat_map(load: Mapping[str, np.ndarray]) -> bytes | None:
+def plot_heat_map(
+  load: Mapping[str, np.ndarray], blocks: Blocks | None = None
+) -> bytes | None:
   """Draws a row per layer and a column per expert.
 
   Args:
     load: layer name to shares (L, E); see `recent_load`.
+    blocks: numbers of the L blocks of each.
 
   Returns:
     A PNG; None if there is no MoE layer.
@@ -64,15 +80,21 @@ def plot_heat_map(load: Mapping[str, np.ndarray]) -> bytes | None:
     len(load), 1, squeeze=False, height_ratios=[len(x) for x in load.values()]
   )[:, 0]
   for axes, (name, shares) in zip(panels, load.items()):
-    image = _draw_layers(axes, name, shares, widest)
-  panels[-1].set_xticks(range(widest), [f'{e + 1}' for e in range(widest)])
+    image = _draw_layers(axes, name, shares, widest, blocks)
+  panels[-1].set_xticks(range(widest))
   panels[-1].set_xlabel('expert')
   panels[0].set_title('Share of frames or tokens, per cent')
   _draw_scale(figure, image, panels)
   return drawing.to_png(figure)
 
 
-def _draw_layers(axes: Any, name: str, shares: np.ndarray, widest: int) -> Any:
+def _draw_layers(
+  axes: Any,
+  name: str,
+  shares: np.ndarray,
+  widest: int,
+  blocks: Blocks | None,
+) -> Any:
   num_layers, num_experts = shares.shape
   relative = shares * num_experts  # 1 is ideal
   image = axes.imshow(
@@ -88,7 +110,8 @@ def _draw_layers(axes: Any, name: str, shares: np.ndarray, widest: int) -> Any:
   axes.set_xlim(-0.5, widest - 0.5)
   axes.set_xticks([])
   axes.set_yticks(
-    range(num_layers), [f'{name} {layer + 1}' for layer in range(num_layers)]
+    range(num_layers),
+    [f'{name} {block_of(name, layer, blocks)}' for layer in range(num_layers)],
   )
   _clear_frame(axes)
   if num_experts <= drawing.MOST_NAMED:
@@ -124,11 +147,14 @@ def _draw_scale(figure: Any, image: Any, panels: Any) -> None:
 
 
 @drawing.styled
-def plot_over_training(log: metrics_log.MetricsLog) -> bytes | None:
+def plot_over_training(
+  log: metrics_log.MetricsLog, blocks: Blocks | None = None
+) -> bytes | None:
   """Draws the least balanced layer, and every router's entropy, over time.
 
   Args:
     log: what a run logged.
+    blocks: numbers of the blocks of each layer.
 
   Returns:
     A PNG; None if there is no MoE layer.
@@ -140,7 +166,9 @@ def plot_over_training(log: metrics_log.MetricsLog) -> bytes | None:
   above, below = figure.subplots(2, 1, sharex=True)
   name, layer = least_balanced(load)
   series = log.series('train', _PREFIX + name).finite()
-  _draw_shares(above, series, name, layer)
+  _draw_shares(above, series, layer)
+  number = block_of(name, layer, blocks)
+  above.set_title(f'Load of {name}, block {number}')
   num_experts = {name: shares.shape[1] for name, shares in load.items()}
   _draw_entropies(below, log, num_experts)
   drawing.step_axis(below)
@@ -158,9 +186,7 @@ def least_balanced(load: Mapping[str, np.ndarray]) -> tuple[str, int]:
   return max(spread, key=lambda key: spread[key])
 
 
-def _draw_shares(
-  axes: Any, series: metrics_log.Series, name: str, layer: int
-) -> None:
+def _draw_shares(axes: Any, series: metrics_log.Series, layer: int) -> None:
   shares = 100 * metrics_log.smooth(series.values[:, layer])  # [N, E]
   num_experts = shares.shape[1]
   palette = drawing.categorical(num_experts)
@@ -169,7 +195,6 @@ def _draw_shares(
   axes.axhline(100 / num_experts, color=drawing.GREY, ls='--', lw=1)
   axes.set_ylim(bottom=0)
   axes.yaxis.set_major_locator(ticker.MaxNLocator(6))
-  axes.set_title(f'Load of {name} {layer + 1}')
   axes.set_ylabel('per cent')
   drawing.expert_legend(axes, palette)
 

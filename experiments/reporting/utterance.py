@@ -1,6 +1,7 @@
 """One utterance from inside: CTC posteriors, and the experts of each frame."""
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -32,6 +33,7 @@ class Inspection:
     log_probs: CTC log-probabilities (T, V).
     expert_index: MoE layer name to the first expert chosen, (L, T); empty
       for a dense model.
+    expert_blocks: MoE layer name to the numbers of its L blocks.
     text: the best path, read.
     frame_seconds: seconds from one encoder frame to the next.
     tokens: a label for each of the V ids.
@@ -41,6 +43,7 @@ class Inspection:
 
   log_probs: np.ndarray
   expert_index: Mapping[str, np.ndarray]
+  expert_blocks: Mapping[str, Sequence[int]]
   text: str
   frame_seconds: float
   tokens: tuple[str, ...]
@@ -121,6 +124,7 @@ def inspect(
       name: found.expert_index[name][:, 0, :num_frames]  # [L, T]
       for name in sorted(found.expert_index, key=expert_load.forward_order)
     },
+    expert_blocks=description.model.expert_blocks,
     text=recognizer.text([token for token, _ in path]),
     frame_seconds=recognizer.geometry.rate * shift,
     tokens=_labels(recognizer),
@@ -234,6 +238,8 @@ def plot_experts(inspection: Inspection) -> bytes | None:
   palette = drawing.categorical(inspection.num_experts)
   for axes, (name, index) in zip(panels, inspection.expert_index.items()):
     _draw_experts(axes, index, palette, inspection.frame_seconds)
+    blocks = inspection.expert_blocks[name]
+    axes.set_yticks(range(len(blocks)), [f'{block}' for block in blocks])
     axes.set_title(name)
   panels[-1].set_xlabel('seconds')
   drawing.expert_legend(panels[0], palette)
@@ -251,9 +257,8 @@ def _draw_experts(
     vmax=len(palette) - 0.5,
     aspect='auto',
     interpolation='nearest',  # between two experts there is no third
-    extent=(0, num_frames * frame_seconds, num_layers + 0.5, 0.5),
+    extent=(0, num_frames * frame_seconds, num_layers - 0.5, -0.5),
   )
-  axes.set_yticks(range(1, num_layers + 1))
   axes.set_ylabel('block')
   axes.tick_params(axis='y', length=0)
   axes.grid(visible=False)

@@ -23,6 +23,7 @@ from experiments.studies import tables
 from experiments.wiring import preparing
 from experiments.wiring import upcycling
 from u2moe_jax import config as config_lib
+from u2moe_jax.checkpoint import directory
 
 Form = Literal['quick', 'full']
 # Dense updates, and those of what continues it.
@@ -249,8 +250,10 @@ def write(
     for letter, entry in group.items():
       # Routers logged a load, so there are experts to draw.
       if 'load_low' in entry:
-        log = metrics_log.read(workdir / folder / letter / 'metrics.jsonl')
-        picture = expert_load.plot_over_training(log)
+        arm = workdir / folder / letter
+        log = metrics_log.read(arm / 'metrics.jsonl')
+        blocks = directory.describe(arm / 'model').model.expert_blocks
+        picture = expert_load.plot_over_training(log, blocks)
         _write(workdir / 'plots' / f'{folder}-{letter}-load.png', picture)
 
 

@@ -12,6 +12,7 @@ from experiments.reporting import build
 from experiments.reporting import report
 from experiments.wiring import command
 from experiments.wiring import evaluation
+from experiments.wiring import reporting
 from experiments.wiring import training
 from u2moe_jax import config as config_lib
 from u2moe_jax.decoding import recognizer as recognizer_lib
@@ -58,7 +59,7 @@ def run(
   source = sources.open_source(str(corpus), split='test', sample_rate=rate)
   results = evaluation.evaluate(recognizer, source, workdir, say=say)
   say('report')
-  example = _example(source)
+  example = reporting.middling(source)
   path = build.build(
     workdir,
     recognizer=recognizer,
@@ -73,15 +74,6 @@ def run(
   _tell_differences(results)
   say(f'done: {path}')
   return command.OK
-
-
-def _example(source: sources.Source):
-  """The first test utterance of middling length: name, sound, text."""
-  lengths = [each.duration or 0.0 for each in source.utterances]
-  middle = sorted(lengths)[len(lengths) // 2]
-  index = lengths.index(middle)
-  utterance = source.utterances[index]
-  return utterance.key, source.load(index), utterance.txt
 
 
 def _tell_differences(results: list[dict[str, Any]]) -> None:

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from data_pipelines import synthetic
 from experiments.reporting import build
 from experiments.reporting import utterance
+from experiments.wiring import reporting
 from u2moe_jax import config as config_lib
 from u2moe_jax.checkpoint import directory
 from u2moe_jax.decoding import recognizer as recognizer_lib
@@ -142,6 +144,30 @@ def test_a_work_directory_gives_plots_and_a_page(recognizer, tmp_path):
   assert page.count('<img') == len(plots)
   for text in ('utterance &lt;7&gt;', '1.50', 'Corpus', 'Unreadable lines'):
     assert text in page
+
+
+def test_the_report_of_any_training(recognizer, tmp_path):
+  workdir = _workdir(tmp_path)
+  with pytest.raises(ValueError, match='--workdir is the one of training'):
+    reporting.report(tmp_path / 'nowhere', None)
+  # Before the first checkpoint there are curves, and no model to ask.
+  reporting.report(workdir, None)
+  assert not (workdir / 'plots' / 'experts_per_frame.png').exists()
+  _TOKENIZER.save(tmp_path / 'tokens')
+  directory.write(
+    workdir / 'model',
+    recognizer.description,
+    recognizer.params,
+    recognizer.buffers,
+    tokens=tmp_path / 'tokens',
+  )
+  manifest = synthetic.write_corpus(
+    tmp_path / 'tones', num_utterances=3, seed=1
+  )
+  page = reporting.report(workdir, str(manifest)).read_text(encoding='utf-8')
+  assert (workdir / 'plots' / 'experts_per_frame.png').is_file()
+  assert 'tones-1-' in page
+  assert '2 Conformer blocks' in page
 
 
 def test_without_metrics_there_are_no_curves(tmp_path):

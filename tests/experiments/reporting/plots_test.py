@@ -84,6 +84,33 @@ def test_heat_map_takes_any_number_of_experts(num_experts):
   assert expert_load.plot_heat_map({}) is None
 
 
+def test_blocks_and_experts_have_the_numbers_of_the_alarm(monkeypatch):
+  """Of experts in blocks 1, 3 and 5; row 1 of the load is block 3."""
+  drawn = []
+  to_png = drawing.to_png
+  monkeypatch.setattr(
+    drawing, 'to_png', lambda figure: drawn.append(figure) or to_png(figure)
+  )
+  blocks = {'encoder.final': (1, 3, 5), 'encoder.macaron': (1, 3, 5)}
+  log = _log()
+  expert_load.plot_heat_map(expert_load.recent_load(log), blocks)
+  expert_load.plot_over_training(log, blocks)
+  expert_load.plot_over_training(log)
+  heat_map, over_training, unknown = drawn
+  final = heat_map.axes[1]
+  rows = [f'encoder.final {block}' for block in blocks['encoder.final']]
+  assert [x.get_text() for x in final.get_yticklabels()] == rows
+  columns = [x.get_text() for x in final.get_xticklabels()]
+  assert columns == ['0', '1', '2', '3']
+  assert (
+    over_training.axes[0].get_title('left').endswith('encoder.final, block 3')
+  )
+  assert unknown.axes[0].get_title('left').endswith('encoder.final, block 1')
+  legend = over_training.axes[0].get_legend()
+  names = [text.get_text() for text in legend.get_texts()]
+  assert names == ['expert 0', '1', '2', '3']
+
+
 def test_plotting_leaves_no_style_behind():
   before = dict(matplotlib.rcParams)
   curves.plot_losses(_log(2))
@@ -105,6 +132,7 @@ def _inspection(path, *, vocab=9, num_experts=3):
   return utterance.Inspection(
     log_probs=np.log(probs),
     expert_index={'encoder.macaron': index, 'encoder.final': index},
+    expert_blocks={'encoder.macaron': (0, 1), 'encoder.final': (1, 3)},
     text='',
     frame_seconds=0.04,
     tokens=('<blank>', '$', '▁', *'$BCDEF')[:vocab],
