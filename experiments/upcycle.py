@@ -43,7 +43,9 @@ _NOISE = flags.DEFINE_float(
 _DROP = flags.DEFINE_float(
   'drop', 0.0, "Share of each expert's hidden units that are drawn anew."
 )
-_SEED = flags.DEFINE_integer('seed', 0, 'Of routers, noise and drawn units.')
+_SEED = flags.DEFINE_integer(
+  'seed', 0, 'Of routers, noise and drawn units.', lower_bound=0
+)
 _OPTIMIZER = flags.DEFINE_enum(
   'optimizer',
   'fresh',

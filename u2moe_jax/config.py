@@ -768,9 +768,14 @@ class TrainConfig:
       'freeze_steps',
       'idle_expert_steps',
       'max_nonfinite',
+      'balance_loss_weight',
+      'z_loss_weight',
     ):
       value = getattr(self, key)
-      _require(value >= 0, f'train.{key} is {value}; it must not be negative')
+      _require(
+        0 <= value < math.inf,
+        f'train.{key} is {value}; it must not be negative',
+      )
     _require_positive(
       'train',
       num_steps=self.num_steps,

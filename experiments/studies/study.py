@@ -120,8 +120,11 @@ class Request:
     """What the arms of a study have in common."""
     # `shift` continues the model of the built-in corpus, so it has its config.
     tree = self.an4_config if study == 'an4' else self.config
+    config = config_lib.from_dict(config_lib.Config, tree)
+    # Growing comes when (a) has trained; what it refuses is refused here.
+    _ = self.growth.config(config.model), self.growth.change
     return design.Recipe(
-      config=config_lib.from_dict(config_lib.Config, tree),
+      config=config,
       growth=self.growth,
       balance=self.balance,
       rate=self.rate,

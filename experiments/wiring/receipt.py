@@ -83,6 +83,8 @@ class Receipt:
       magnitude there is.
     log_prob_difference: largest of any head.
     texts_equal: utterances whose greedy text is the same.
+    text_tokens: tokens of the first model's texts, all together; of none that
+      they are equal says little.
     experts_visited: experts of the second model that had a part in this.
     experts: how many it has, in all layers.
   """
@@ -91,6 +93,7 @@ class Receipt:
   encoder_difference: float
   log_prob_difference: float
   texts_equal: int
+  text_tokens: int
   experts_visited: int
   experts: int
 
@@ -112,7 +115,8 @@ class Receipt:
       f'  encoder output  at most {self.encoder_difference:.2e} of its largest '
       f'magnitude{bounds[0]}',
       f'  log-probs       at most {self.log_prob_difference:.2e}{bounds[1]}',
-      f'  greedy text     {self.texts_equal} of {self.utterances} equal',
+      f'  greedy text     {self.texts_equal} of {self.utterances} equal '
+      f'({self.text_tokens} tokens)',
     ]
     if self.experts:
       lines.append(
@@ -323,6 +327,7 @@ def compare(before: Answer, after: Answer) -> Receipt:
     texts_equal=sum(
       a == b for a, b in zip(before.texts, after.texts, strict=True)
     ),
+    text_tokens=sum(map(len, before.texts)),
     experts_visited=after.visited,
     experts=after.experts,
   )

@@ -323,11 +323,15 @@ def _announce(resources: preparing.Resources, mesh: jax.sharding.Mesh) -> None:
     params = directory.abstract_variables(config.model)['params']
     print(parameters.table(config.train.trainable, params))
     steps = config.train.freeze_steps
-    print(
-      f'the others train from step {steps + 1} on'
-      if steps
-      else 'the others stay as they are'
-    )
+    if not steps:
+      print('the others stay as they are')
+    elif steps < config.train.num_steps:
+      print(f'the others train from step {steps + 1} on')
+    else:
+      print(
+        'the others stay as they are: training ends with step '
+        f'{config.train.num_steps}, train.freeze_steps is {steps}'
+      )
   for corpus in (resources.train, resources.dev):
     if corpus is not None:
       _tell_problems(corpus, resources.tokenizer)

@@ -201,6 +201,11 @@ def parse_mesh(text: str) -> config_lib.MeshConfig:
 
 
 def _require_free(out: pathlib.Path) -> None:
+  for parent in out.parents:
+    if parent.exists() and not parent.is_dir():
+      raise directory.CheckpointError(
+        f'{out}: {parent} is a file, not a folder; choose another --out'
+      )
   if out.is_file() or (out.is_dir() and any(out.iterdir())):
     raise directory.CheckpointError(
       f'{out}: exists already; choose another --out, or remove it'

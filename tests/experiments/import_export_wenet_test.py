@@ -12,6 +12,7 @@ import yaml as pyyaml
 
 from experiments.configs import finetune
 from experiments.wiring import command
+from experiments.wiring import upcycling
 from tests.reference import golden
 from u2moe_jax import config as config_lib
 from u2moe_jax.checkpoint import directory
@@ -158,6 +159,27 @@ def test_an_import_fills_a_training_state(whole, tmp_path):
   state = wenet.state_dict(params, buffers, config.model)
   trained = {k: v for k, v in whole.state.items() if v.dtype == np.float32}
   _assert_same_bits(state, trained)
+
+
+@pytest.mark.parametrize(
+  ('where', 'top_k'), [('all', 2), ('encoder.*.final', 3), ('decoder', 4)]
+)
+def test_an_import_grows(whole, tmp_path, where, top_k):
+  """With both decoders, and a receipt within its bounds."""
+  whole.run()
+  request = upcycling.Request(num_experts=4, top_k=top_k, where=where)
+  model, out = tmp_path / 'model', tmp_path / 'moe'
+  assert upcycling.upcycle(model, out, request, num_utterances=2)
+  found = directory.describe(out)
+  receipt = found.provenance['upcycling']
+  assert receipt['exact']
+  assert receipt['texts_equal'] == 2
+  # Random weights say something; equal empty texts would be no receipt.
+  assert receipt['text_tokens'] > 0
+  parts = {name.split('.')[0] for name in found.model.expert_blocks}
+  decoders = {'forward_decoder', 'backward_decoder'}
+  expected = {'all': {'encoder', *decoders}, 'decoder': decoders}
+  assert parts == expected.get(where, {'encoder'})
 
 
 def test_what_the_reference_gets_wrong_is_a_flag(whole, tmp_path):

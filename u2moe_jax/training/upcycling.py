@@ -3,8 +3,8 @@
 Every expert starts as a copy of the dense feed-forward layer, biases included,
 under a random router; all else stays. Weights that sum to 1 (`topk_softmax`,
 or all experts kept) then give what the dense layer gave, whatever the router
-does: y = sum_j w_j FFN(x) = FFN(x). Dropout inside the layer is the exception:
-experts have none.
+does: y = sum_j w_j FFN(x) = FFN(x). In training each expert of a frame draws a
+dropout mask of its own.
 
 Arrays are made one at a time, and of each only the parts that a device holds:
 `build` needs one dense array on the host, never a whole model.

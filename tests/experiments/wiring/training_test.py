@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import tempfile
 
 import jax
@@ -167,13 +168,20 @@ def test_a_run_stopped_before_its_first_step_begins_where_it_should(
   workdir, folder, tmp_path, monkeypatch, capsys
 ):
   source = str(workdir / 'model')
-  changes = {'train.init_from': source, 'optimizer.learning_rate': 1e-30}
+  changes = {
+    'train.init_from': source,
+    'train.trainable': '-ctc',
+    'optimizer.learning_rate': 1e-30,
+  }
   with monkeypatch.context() as patch:
     patch.setattr(stopping.StopRequest, 'asked_after', lambda *_: True)
     assert training.train(_config(folder, **changes), tmp_path) is False
   capsys.readouterr()
   assert training.train(_config(folder, **changes), tmp_path) is True
-  assert 'starting from' in capsys.readouterr().out
+  told = capsys.readouterr().out
+  assert 'starting from' in told
+  assert re.search(r'ctc +\d+ +0\n', told)  # the table of what trains
+  assert 'the others stay as they are\n' in told
   trained, given = map(directory.find, (tmp_path, source))
   jax.tree.map(
     np.testing.assert_allclose,

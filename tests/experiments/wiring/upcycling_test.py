@@ -3,6 +3,9 @@
 import contextlib
 import dataclasses
 import json
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +29,7 @@ from u2moe_jax.sharding import mesh as mesh_lib
 from u2moe_jax.training import optimizer as optimizer_lib
 from u2moe_jax.training import upcycling as upcycling_lib
 
+_ROOT = pathlib.Path(__file__).parents[3]
 _CONFIG = tiny.model_config(
   decoders=0, num_blocks=1, conv_norm='batch_norm', batch_norm_padding=True
 )
@@ -236,12 +240,27 @@ def test_a_model_that_differs_is_not_written(
   assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(('passed', 'code'), [(True, 0), (False, 1)])
+def test_the_exit_code_is_the_verdict(tmp_path, passed, code):
+  program = (
+    'from experiments import upcycle\n'
+    'from experiments.wiring import command, upcycling\n'
+    f'upcycling.upcycle = lambda *_, **__: {passed}\n'
+    'command.run(upcycle.main)'
+  )
+  flags = [f'--checkpoint={tmp_path}', f'--out={tmp_path / "moe"}']
+  run = [sys.executable, '-c', program, *flags]
+  assert subprocess.run(run, cwd=_ROOT, check=False).returncode == code
+
+
 def test_an_out_that_exists_is_left_alone(dense, tmp_path):
   (tmp_path / 'notes').write_text('mine')
   with pytest.raises(ValueError, match='exists already'):
     upcycling.upcycle(dense, tmp_path, _REQUEST)
   with pytest.raises(ValueError, match='exists already'):
     upcycling.upcycle(dense, dense, _REQUEST)
+  with pytest.raises(ValueError, match='notes is a file, not a folder'):
+    upcycling.upcycle(dense, tmp_path / 'notes' / 'moe', _REQUEST)
   assert (tmp_path / 'notes').read_text() == 'mine'
 
 

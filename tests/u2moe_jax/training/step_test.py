@@ -55,11 +55,7 @@ class _Run:
     devices = jax.devices()[: int(np.prod(shape))]
     self.mesh = mesh_lib.make_mesh(config_lib.MeshConfig(**sizes), devices)
     self.model = u2.U2MoeModel(config.model)
-    self.optimizer = optimizer_lib.make_optimizer(
-      config.optimizer,
-      num_steps=config.train.num_steps,
-      trainable=config.train.trainable,
-    )
+    self.optimizer = optimizer_lib.optimizer_of(config)
     self.buffers = u2.init_buffers(config.model)
     with jax.set_mesh(self.mesh):
       self.shardings = state_lib.state_shardings(
@@ -302,6 +298,19 @@ def test_frozen_parameters_cost_nothing_and_stay():
   counts = [_count_flops(_Run(c), _BATCH) for c in (config, _small_config())]
   assert counts[0] < 0.8 * counts[1]
   assert 0 < metrics['gradient_norm'] < np.inf
+
+
+def test_frozen_parameters_join_when_they_should():
+  config = _small_config(train__trainable='ctc,norms', train__freeze_steps=1)
+  run = _Run(config)
+  chosen = parameters.selector('ctc,norms')
+  state = run.small_state()
+  for expected in (chosen, lambda _: True):
+    before = parameters.paths(jax.device_get(state.params))
+    state, _ = run.advance(state, _BATCH)
+    for path, leaf in parameters.paths(state.params).items():
+      moved = not np.array_equal(leaf, before[path])
+      assert moved == expected(path), path
 
 
 def _count_flops(run, batch):

@@ -63,8 +63,25 @@ def _receipt(target, variables):
   return receipt_lib.compare(before, after)
 
 
+@pytest.mark.parametrize(
+  ('where', 'top_k', 'experts'),
+  [
+    ('all', 4, 24),
+    ('encoder', 2, 16),
+    ('decoder', 3, 8),
+    ('final_ffn', 2, 8),
+    ('encoder.[01].macaron,decoder.0', 3, 12),
+  ],
+)
+def test_a_receipt_for_every_where(where, top_k, experts):
+  target, variables = _grow(where, top_k=top_k)
+  receipt = _receipt(target, variables)
+  assert receipt.is_within_bounds, receipt
+  assert receipt.experts == experts
+  assert receipt.text_tokens > 0
+
+
 def test_the_grown_model_is_the_dense_one():
-  """All of them are grown in tests of the script and of the stack."""
   target, variables = _grow('every:2', top_k=3)
   assert target.expert_blocks == {
     'encoder.macaron': (1,),
@@ -117,17 +134,29 @@ def test_numbers_that_are_none_are_no_match():
   assert not receipt_lib.compare(before, broken).is_within_bounds
 
 
+def test_another_text_is_no_match():
+  """Even if all numbers are within their bounds."""
+  _, before = _answer()
+  first, *rest = before.texts
+  other = dataclasses.replace(before, texts=((*first, 1), *rest))
+  receipt = receipt_lib.compare(before, other)
+  assert receipt.texts_equal == receipt.utterances - 1
+  assert receipt.encoder_difference == receipt.log_prob_difference == 0.0
+  assert not receipt.is_within_bounds
+
+
 def test_in_float64_it_is_exact():
   """On the path that counts, without the receipt's own float32."""
   dense = dataclasses.replace(
-    tiny.model_config(decoders=0, num_blocks=1), dtype='float64'
+    tiny.model_config(decoders=1, num_blocks=1), dtype='float64'
   )
   with jax.enable_x64(True):
     _, params, buffers = tiny.init(dense)
     widen = lambda leaf: jnp.asarray(leaf, jnp.float64)
     variables = jax.tree.map(widen, {'params': params, 'buffers': buffers})
     target = upcycling.moe_config(dense, num_experts=4, top_k=2)
-    target = config_lib.replace(target, 'encoder.moe.executor', 'dense')
+    for part in ('encoder', 'decoder'):
+      target = config_lib.replace(target, f'{part}.moe.executor', 'dense')
     grown = upcycling.upcycle(variables, dense, target)
     assert {leaf.dtype for leaf in jax.tree.leaves(grown)} == {
       np.dtype(np.float64)
@@ -139,9 +168,15 @@ def test_in_float64_it_is_exact():
     before = receipt_lib.ask(dense, **variables, probe=probe)
     after = receipt_lib.ask(target, **grown, probe=probe)
   assert before.frames.dtype == np.float64
+  assert set(before.log_probs) == {'ctc', 'forward', 'backward'}
   receipt = receipt_lib.compare(before, after)
   assert receipt.encoder_difference < 1e-12
   assert receipt.log_prob_difference < 1e-12
+  # In float32 it is not, so the bound tells the two apart.
+  in_float32 = jax.tree.map(lambda x: np.float32(x).astype(x.dtype), grown)
+  with jax.enable_x64(True):
+    rounded = receipt_lib.ask(target, **in_float32, probe=probe)
+  assert receipt_lib.compare(before, rounded).encoder_difference > 1e-12
 
 
 def test_top_1_scales_by_the_probability():
