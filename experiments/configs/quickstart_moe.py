@@ -2,7 +2,7 @@
 
 Command:
   make quickstart
-Hardware: 2 CPU cores, about 15 minutes of training.
+Hardware: 2 CPU cores, about 17 minutes of training.
 Expected: see `quickstart`.
 """
 
