@@ -20,6 +20,10 @@ NO_SPACE = 4  # a file cannot be read or written, as on a full disk
 GAVE_UP = 5  # numbers that are none, or too little memory: trying again is vain
 
 
+# In warnings of Orbax: a run without a dev set, a folder opened for reading.
+_AS_ASKED = ('tracked_metric', 'read_only', 'read only')
+
+
 def run(main: Callable[[list[str]], int | None]) -> None:
   """Runs an absl main and exits with its code.
 
@@ -48,7 +52,7 @@ def guarded(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
 
 
 def _is_worth_telling(record: Any) -> bool:
-  """Drops what Orbax says of failed saves and of runs without a dev set.
+  """Drops what Orbax says of failed saves, and of what it was asked for.
 
   The store raises the same errors where they can be handled, and they are told
   then, in one line.
@@ -56,7 +60,8 @@ def _is_worth_telling(record: Any) -> bool:
   if '/orbax/' not in record.pathname:
     return True
   is_error = record.levelno >= standard_logging.ERROR
-  return not is_error and 'tracked_metric' not in str(record.msg)
+  text = str(record.msg)
+  return not is_error and not any(words in text for words in _AS_ASKED)
 
 
 def _tell_unraisable(error: Any) -> None:
