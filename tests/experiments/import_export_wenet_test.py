@@ -161,9 +161,7 @@ def test_an_import_fills_a_training_state(whole, tmp_path):
   _assert_same_bits(state, trained)
 
 
-@pytest.mark.parametrize(
-  ('where', 'top_k'), [('all', 2), ('encoder.*.final', 3), ('decoder', 4)]
-)
+@pytest.mark.parametrize(('where', 'top_k'), [('all', 2), ('decoder', 4)])
 def test_an_import_grows(whole, tmp_path, where, top_k):
   """With both decoders, and a receipt within its bounds."""
   whole.run()
@@ -178,8 +176,7 @@ def test_an_import_grows(whole, tmp_path, where, top_k):
   assert receipt['text_tokens'] > 0
   parts = {name.split('.')[0] for name in found.model.expert_blocks}
   decoders = {'forward_decoder', 'backward_decoder'}
-  expected = {'all': {'encoder', *decoders}, 'decoder': decoders}
-  assert parts == expected.get(where, {'encoder'})
+  assert parts == decoders | ({'encoder'} if where == 'all' else set())
 
 
 def test_what_the_reference_gets_wrong_is_a_flag(whole, tmp_path):
